@@ -1,0 +1,175 @@
+"""Every name, type and default of a run (Hydra structured configs). Imports no torch, megatron or vllm.
+
+YAML under hydra_conf/ states only what an experiment changes. A room receives its own sub-config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The Hugging Face folder that training starts from."""
+
+    path: str = MISSING
+    dtype: str = "float32"  # float32 | bfloat16
+    freeze_vision: bool = False
+
+
+@dataclass
+class ParallelConfig:
+    """Megatron's parallel sizes. Data parallelism is whatever the world size leaves."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    cp_size: int = 1
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up to `lr`, then `schedule` down to `min_lr`."""
+
+    lr: float = MISSING
+    min_lr: float = 0.0
+    schedule: str = "constant"  # constant | linear | cosine
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Parquet files. Prompts longer than `max_prompt_tokens` are set aside and counted, never cut."""
+
+    train: str = MISSING
+    heldout: str = MISSING
+    max_prompt_tokens: int = 2048
+
+
+@dataclass
+class SamplerConfig:
+    """Who is drawn next. `kind` is a name in sampling.SAMPLERS.
+
+    mixture_ratio is the paper's lambda; alpha and beta weigh OVS and TDS in the VPS; scores are renewed
+    from training rollouts every `update_every` steps.
+    """
+
+    kind: str = "vas"  # vas | uniform
+    mixture_ratio: float = 0.5
+    alpha: float = 0.8
+    beta: float = 0.2
+    update_every: int = 4
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling by the engine. Top-p and top-k must stay off in training: the trainer's softmax has no counterpart."""
+
+    group_size: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    max_response_tokens: int = MISSING
+    max_images_per_prompt: int = 1
+    kv_cache_bytes: int = 256 << 20
+    max_logprob_diff: float = (
+        0.01  # mean |trainer - rollout| above which the run stops; about 0.1 in bfloat16
+    )
+
+
+@dataclass
+class RewardConfig:
+    """reward = format_weight * well formed + accuracy_weight * correct (paper, Table 6: 1 and 1)."""
+
+    format_weight: float = 1.0
+    accuracy_weight: float = 1.0
+    deadline_s: float = 10.0
+    num_workers: int = 1
+
+
+@dataclass
+class AlgorithmConfig:
+    """GRPO. With `kl_coefficient` 0 there is no reference model and no reference pass."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coefficient: float = 0.0
+    aggregation: str = "token_mean"  # token_mean | sequence_mean
+    optimizer_steps_per_batch: int = 1
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation during training; `every` 0 leaves only the first and the last."""
+
+    every: int = 10
+    samples_per_prompt: int = 1
+
+
+@dataclass
+class CheckpointConfig:
+    """`every` 0 leaves only the last. `keep_last` counts complete checkpoints; the best one is kept besides."""
+
+    every: int = 10
+    keep_last: int = 2
+
+
+@dataclass
+class GrpoConfig:
+    """One GRPO run: `python -m megatron_mmr1.train`."""
+
+    experiment: str = MISSING
+    output_dir: str = "outputs"
+    run: str | None = None  # the run folder's name; rank 0 makes one from the time when it is None
+    resume: str = "never"  # never | auto
+    replay: str | None = None  # a run folder whose rollouts/ are used in place of the engine
+    seed: int = 0
+    num_steps: int = MISSING
+    prompts_per_step: int = MISSING
+    micro_batch_size: int = MISSING  # sequences a forward pass
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class SftConfig:
+    """One supervised cold start: `python -m megatron_mmr1.sft`. Writes a Hugging Face folder."""
+
+    experiment: str = MISSING
+    output_dir: str = "outputs"
+    run: str | None = None
+    seed: int = 0
+    num_steps: int = MISSING
+    global_batch_size: int = MISSING
+    micro_batch_size: int = MISSING
+    data: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Score a Hugging Face folder on a benchmark: `python -m megatron_mmr1.evaluate`."""
+
+    benchmark: str = "digits"
+    model: str = MISSING
+    data: str = MISSING
+    output: str | None = None
+    seed: int = 0
+    samples_per_prompt: int = 1
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
