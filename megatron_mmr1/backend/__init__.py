@@ -1,0 +1,1 @@
+"""The only room that imports megatron.core: the policy, its model, optimizer and checkpoints."""

@@ -1,0 +1,30 @@
+"""Mends of Megatron-Core 0.19.2 that a CPU run needs and that `device.seam` can't make from outside.
+
+Each is named, applied once by `parallel.initialize`, and does nothing where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import random as mcore_random
+
+from megatron_mmr1 import device
+
+
+def rng_tracker_uses_cpu_generator() -> None:
+    """Make the RNG tracker save and restore the CPU generator.
+
+    Its two functions go through torch.cuda's lazy initialisation: without a GPU the state would be queued
+    for a device that never comes, and dropout or initialisation would not be forked at all.
+    """
+    if device.has_gpu():
+        return
+
+    def get_state(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        torch.set_rng_state(new_state)
+
+    mcore_random._get_cuda_rng_state = get_state
+    mcore_random._set_cuda_rng_state = set_state

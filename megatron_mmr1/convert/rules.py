@@ -1,0 +1,115 @@
+"""The vocabulary of a conversion table: how one Megatron parameter is made of Hugging Face tensors, and back.
+
+A rule is pure data; merging and splitting are pure functions on whole (unsharded) tensors, so they need no
+process group and no Megatron. A family's table is a tuple of rules; the first pattern that matches wins.
+
+H query heads, K key/value heads, E head size, D hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["replicated", "column", "row", "vocab", "qkv", "gated"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What the qkv layout depends on."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One Megatron parameter pattern and the Hugging Face names that it is made of.
+
+    Attributes:
+        megatron: name with `*` for a layer number (one at most) or, at the end, `**` for any suffix.
+        kind: the layout. replicated, column, row and vocab hold one tensor as it is and say which dim tensor
+            parallelism cuts (none, 0, 1, 0); qkv interleaves q, k and v by key/value head; gated stacks gate over up.
+        hf: names in the order that the kind expects, with the same `*` or `**`.
+    """
+
+    megatron: str
+    kind: Kind
+    hf: tuple[str, ...]
+
+
+def required_hf_names(rules: Sequence[Rule], megatron_name: str) -> tuple[Rule, tuple[str, ...]]:
+    """Return the rule of a Megatron parameter and the Hugging Face names that it needs.
+
+    Raises:
+        ValueError: no rule knows the name.
+    """
+    for rule in rules:
+        match = re.fullmatch(_as_regex(rule.megatron), megatron_name)
+        if match:
+            wildcard = match.group(1) if match.groups() else ""
+            return rule, tuple(re.sub(r"\*+", lambda _: wildcard, name) for name in rule.hf)
+    raise ValueError(
+        f"no conversion rule for the Megatron parameter {megatron_name!r}; add one to the family's table"
+    )
+
+
+def megatron_to_hf(
+    rules: Sequence[Rule], named_parameters: Iterable[tuple[str, Tensor]], shape: AttentionShape
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, tensor) for whole Megatron parameters; views where the layout allows."""
+    for name, parameter in named_parameters:
+        rule, hf_names = required_hf_names(rules, name)
+        yield from zip(hf_names, split(rule.kind, parameter, shape), strict=True)
+
+
+def merge(kind: Kind, tensors: Sequence[Tensor], shape: AttentionShape) -> Tensor:
+    """Make the Megatron tensor of the Hugging Face ones."""
+    return _MERGE[kind](tensors, shape) if kind in _MERGE else tensors[0]
+
+
+def split(kind: Kind, tensor: Tensor, shape: AttentionShape) -> tuple[Tensor, ...]:
+    """Make the Hugging Face tensors of the Megatron one; the inverse of `merge`."""
+    return _SPLIT[kind](tensor, shape) if kind in _SPLIT else (tensor,)
+
+
+def _merge_qkv(tensors: Sequence[Tensor], shape: AttentionShape) -> Tensor:
+    """Put each key/value head's query heads, key and value side by side: K x (H/K + 2) x E rows."""
+    grouped = [t.reshape(shape.num_kv_heads, -1, *t.shape[1:]) for t in tensors]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def _split_qkv(tensor: Tensor, shape: AttentionShape) -> tuple[Tensor, ...]:
+    queries_per_kv = shape.num_heads // shape.num_kv_heads
+    grouped = tensor.reshape(shape.num_kv_heads, -1, *tensor.shape[1:])
+    sizes = [queries_per_kv * shape.head_dim, shape.head_dim, shape.head_dim]
+    return tuple(part.flatten(0, 1) for part in grouped.split(sizes, dim=1))
+
+
+def _merge_gated(tensors: Sequence[Tensor], shape: AttentionShape) -> Tensor:
+    return torch.cat(list(tensors))
+
+
+def _split_gated(tensor: Tensor, shape: AttentionShape) -> tuple[Tensor, ...]:
+    return tuple(tensor.chunk(2))
+
+
+_MERGE: dict[Kind, Callable[[Sequence[Tensor], AttentionShape], Tensor]] = {
+    "qkv": _merge_qkv,
+    "gated": _merge_gated,
+}
+_SPLIT: dict[Kind, Callable[[Tensor, AttentionShape], tuple[Tensor, ...]]] = {
+    "qkv": _split_qkv,
+    "gated": _split_gated,
+}
+
+
+def _as_regex(pattern: str) -> str:
+    escaped = re.escape(pattern)
+    return escaped.replace(r"\*\*", "(.+)").replace(r"\*", r"(\d+)")
