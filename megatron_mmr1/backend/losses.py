@@ -50,7 +50,9 @@ def response_logprobs(
     logprobs_R, entropy_R = selective_logprobs(
         logits_RV, tokens_R, rule.temperature, rule.banned_token_ids
     )
-    zeros_NS = torch.zeros(batch.token_ids_NS.shape, dtype=logprobs_R.dtype, device=logits_RV.device)
+    zeros_NS = torch.zeros(
+        batch.token_ids_NS.shape, dtype=logprobs_R.dtype, device=logits_RV.device
+    )
     mask_NS = batch.response_mask_NS
     return zeros_NS.masked_scatter(mask_NS, logprobs_R), zeros_NS.masked_scatter(mask_NS, entropy_R)
 
@@ -66,7 +68,9 @@ def grpo(config: AlgorithmConfig, rule: SoftmaxRule) -> LossFunction:
     def loss(logits_RV: Tensor, batch: MicroBatch) -> LossResult:
         assert batch.advantages_N is not None and batch.rollout_logprobs_NS is not None
         logprobs_NS, entropy_NS = response_logprobs(logits_RV, batch, rule)
-        old_NS = batch.old_logprobs_NS if batch.old_logprobs_NS is not None else logprobs_NS.detach()
+        old_NS = (
+            batch.old_logprobs_NS if batch.old_logprobs_NS is not None else logprobs_NS.detach()
+        )
         result = grpo_loss(
             logprobs_NS,
             old_NS,
@@ -75,7 +79,7 @@ def grpo(config: AlgorithmConfig, rule: SoftmaxRule) -> LossFunction:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             kl_coefficient=config.kl_coefficient,
-            ref_logprobs_NS=batch.ref_logprobs_NS,
+            ref_logprobs=batch.ref_logprobs_NS,
         )
         diff_R = (old_NS - batch.rollout_logprobs_NS)[batch.response_mask_NS].abs()
         sums = {
@@ -114,3 +118,21 @@ def total(results: Sequence[LossResult]) -> LossResult:
         for name, value in result.maxima.items():
             maxima[name] = max(maxima.get(name, value), value)
     return LossResult(torch.zeros(()), sums, maxima)
+
+
+def mean_of_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Combine a batch's optimizer steps: counts and sums add up, maxima stay, everything else is averaged.
+
+    `logprob_diff/sum` over `tokens/response` becomes `logprob_diff/mean`.
+    """
+    metrics: dict[str, float] = {}
+    for name in steps[0]:
+        values = [step[name] for step in steps]
+        if name.endswith("/max"):
+            metrics[name] = max(values)
+        elif name.startswith("tokens/") or name.endswith("/sum"):
+            metrics[name] = sum(values)
+        else:
+            metrics[name] = sum(values) / len(values)
+    metrics["logprob_diff/mean"] = metrics.pop("logprob_diff/sum") / metrics["tokens/response"]
+    return metrics

@@ -79,7 +79,9 @@ class Qwen25VL(MegatronModule):
         self.image_token_id: int = hf_config.image_token_id
         vision_config = hf_config.vision_config
         vision_config._attn_implementation = "sdpa"
-        self.vision = Qwen2_5_VisionTransformerPretrainedModel(vision_config).to(config.params_dtype)
+        self.vision = Qwen2_5_VisionTransformerPretrainedModel(vision_config).to(
+            config.params_dtype
+        )
         self.language = GPTModel(
             config=config,
             transformer_layer_spec=layer_spec(),

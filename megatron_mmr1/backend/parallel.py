@@ -64,7 +64,9 @@ def is_main() -> bool:
 def sum_over_dp(values: dict[str, float]) -> dict[str, float]:
     """Add each value over data-parallel ranks (float64, one all-reduce); keys must be the same everywhere."""
     names = sorted(values)
-    totals = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device.device())
+    totals = torch.tensor(
+        [values[name] for name in names], dtype=torch.float64, device=device.device()
+    )
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
     return dict(zip(names, totals.tolist(), strict=True))
 
@@ -81,6 +83,15 @@ def gather_over_dp(items: list[Any]) -> list[Any]:
     shares: list[list[Any] | None] = [None] * dp_size()
     dist.all_gather_object(shares, items, group=parallel_state.get_data_parallel_group())
     return [item for share in shares if share is not None for item in share]
+
+
+def gather_to_main(items: list[Any]) -> list[Any] | None:
+    """Concatenate each rank's plain values in rank order on rank 0; None elsewhere."""
+    shares: list[list[Any]] | None = (
+        [[] for _ in range(dist.get_world_size())] if is_main() else None
+    )
+    dist.gather_object(items, shares, dst=0)
+    return None if shares is None else [item for share in shares for item in share]
 
 
 def broadcast_from_main(value: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Typed configs, their checks and the run folder. Imports no torch, megatron or vllm."""

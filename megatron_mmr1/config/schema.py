@@ -1,6 +1,7 @@
-"""Every name, type and default of a run (Hydra structured configs). Imports no torch, megatron or vllm.
+"""Every name, type and default of a run (Hydra structured configs).
 
-YAML under hydra_conf/ states only what an experiment changes. A room receives its own sub-config.
+Imports no torch, megatron or vllm. YAML under hydra_conf/ states only what an experiment
+changes. A room receives its own sub-config.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class OptimizerConfig:
 
 @dataclass
 class DataConfig:
-    """Parquet files. Prompts longer than `max_prompt_tokens` are set aside and counted, never cut."""
+    """Parquet files. A prompt longer than `max_prompt_tokens` is set aside and counted, not cut."""
 
     train: str = MISSING
     heldout: str = MISSING
@@ -55,8 +56,8 @@ class DataConfig:
 class SamplerConfig:
     """Who is drawn next. `kind` is a name in sampling.SAMPLERS.
 
-    mixture_ratio is the paper's lambda; alpha and beta weigh OVS and TDS in the VPS; scores are renewed
-    from training rollouts every `update_every` steps.
+    mixture_ratio is the paper's lambda; alpha and beta weigh OVS and TDS in the VPS; scores are
+    renewed from training rollouts every `update_every` steps.
     """
 
     kind: str = "vas"  # vas | uniform
@@ -68,7 +69,10 @@ class SamplerConfig:
 
 @dataclass
 class RolloutConfig:
-    """Sampling by the engine. Top-p and top-k must stay off in training: the trainer's softmax has no counterpart."""
+    """Sampling by the engine.
+
+    Top-p and top-k must stay off in training: the trainer's softmax has no counterpart.
+    """
 
     group_size: int = 8
     temperature: float = 1.0
@@ -84,7 +88,7 @@ class RolloutConfig:
 
 @dataclass
 class RewardConfig:
-    """reward = format_weight * well formed + accuracy_weight * correct (paper, Table 6: 1 and 1)."""
+    """reward = format_weight * well formed + accuracy_weight * correct (paper, Table 6: both 1)."""
 
     format_weight: float = 1.0
     accuracy_weight: float = 1.0
@@ -113,7 +117,10 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """`every` 0 leaves only the last. `keep_last` counts complete checkpoints; the best one is kept besides."""
+    """`every` 0 leaves only the last checkpoint.
+
+    `keep_last` counts complete checkpoints; the best one is kept besides.
+    """
 
     every: int = 10
     keep_last: int = 2

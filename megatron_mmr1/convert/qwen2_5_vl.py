@@ -19,7 +19,9 @@ RULES: tuple[Rule, ...] = (
         tuple(_HF_LAYER + f"self_attn.{x}_proj.bias" for x in "qkv"),
     ),
     Rule(
-        _LAYER + "self_attention.linear_proj.weight", "row", (_HF_LAYER + "self_attn.o_proj.weight",)
+        _LAYER + "self_attention.linear_proj.weight",
+        "row",
+        (_HF_LAYER + "self_attn.o_proj.weight",),
     ),
     Rule(_LAYER + "input_layernorm.weight", "replicated", (_HF_LAYER + "input_layernorm.weight",)),
     Rule(

@@ -1,0 +1,1 @@
+"""Benchmark readers and scoring; the graders come from rewards/."""

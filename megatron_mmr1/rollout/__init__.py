@@ -1,0 +1,1 @@
+"""Sampling responses: the engine protocol, vLLM in process, and the replay of recorded rollouts."""

@@ -1,0 +1,171 @@
+"""Checkpoints: `checkpoints/step_N/`, written beside, renamed when complete, never half there.
+
+    step_N/megatron/       weights, optimizer, schedule: Megatron's dist_checkpointing (global tensors, any layout)
+    step_N/trainer.pt      what the trainer adds (sampler, best accuracy, versions): plain values and tensors
+    step_N/rng_RANK.pt     the rank's torch generator state
+    step_N/config.yaml     the resolved configuration, copied from the run folder
+
+Security: every file is read with weights_only; Megatron's `.metadata`, which is a pickle, only after an
+unpickler that knows an allow-list of harmless classes has gone through it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_mmr1 import device
+from megatron_mmr1.backend import parallel
+from megatron_mmr1.backend.policy import MegatronPolicy
+
+_BEST = "best.txt"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder: save, find, load, and prune all but the last K and the best."""
+
+    def __init__(self, run_dir: Path, keep_last: int) -> None:
+        self._run_dir = run_dir
+        self._root = run_dir / "checkpoints"
+        self._keep_last = keep_last
+
+    def newest(self) -> int | None:
+        """Return the newest complete checkpoint's step, or None. A half-written folder has another name."""
+        return max(self._steps(), default=None)
+
+    def save(
+        self, step: int, policy: MegatronPolicy, trainer_state: dict[str, Any], is_best: bool
+    ) -> None:
+        """Write `step_N`; every rank calls. The folder gets its name when all of it is on disk."""
+        partial, final = self._root / f"partial_step_{step}", self._root / f"step_{step}"
+        if parallel.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "megatron").mkdir(parents=True)
+        parallel.barrier()
+        with device.seam():
+            weights = policy.module.sharded_state_dict()
+            state = {
+                "model": weights,
+                "optimizer": policy.optimizer.sharded_state_dict(weights),
+                "schedule": policy.schedule.state_dict(),
+            }
+            dist_checkpointing.save(state, str(partial / "megatron"))
+        torch.save(_rng_state(), partial / f"rng_{dist.get_rank()}.pt")
+        if parallel.is_main():
+            torch.save(trainer_state, partial / "trainer.pt")
+            shutil.copy2(self._run_dir / "config.yaml", partial / "config.yaml")
+        parallel.barrier()
+        if parallel.is_main():
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            if is_best:
+                best = self._root / (_BEST + ".new")
+                best.write_text(f"step_{step}\n")
+                best.rename(self._root / _BEST)
+            self._prune()
+        parallel.barrier()
+
+    def load(self, step: int, policy: MegatronPolicy) -> dict[str, Any]:
+        """Restore policy, optimizer, schedule and generators; returns the trainer's state.
+
+        Raises:
+            ValueError: a file is not what a checkpoint of ours holds.
+        """
+        folder = self._root / f"step_{step}"
+        check_metadata(folder / "megatron" / ".metadata")
+        with device.seam():
+            weights = policy.module.sharded_state_dict()
+            wanted = {
+                "model": weights,
+                "optimizer": policy.optimizer.sharded_state_dict(weights, is_loading=True),
+            }
+            state = dist_checkpointing.load(wanted, str(folder / "megatron"))
+            policy.module.load_state_dict(state["model"])
+            policy.optimizer.load_state_dict(state["optimizer"])
+            policy.schedule.load_state_dict(state["schedule"])
+        _restore_rng_state(torch.load(folder / f"rng_{dist.get_rank()}.pt", weights_only=True))
+        return torch.load(folder / "trainer.pt", weights_only=True)
+
+    def _steps(self) -> list[int]:
+        folders = self._root.glob("step_*")
+        return sorted(int(f.name.removeprefix("step_")) for f in folders if f.is_dir())
+
+    def _prune(self) -> None:
+        best = self._root / _BEST
+        kept = {best.read_text().strip()} if best.exists() else set()
+        kept |= {f"step_{step}" for step in self._steps()[-self._keep_last :]}
+        for step in self._steps():
+            if f"step_{step}" not in kept:
+                shutil.rmtree(self._root / f"step_{step}")
+
+
+def check_metadata(path: Path) -> None:
+    """Refuse a `.metadata` file that names anything but the classes which torch writes there.
+
+    Raises:
+        ValueError: another class or function is named (unpickling it could run code), or it's no pickle.
+    """
+    try:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        raise ValueError(f"{path} is not the metadata of a Megatron checkpoint: {error}") from error
+
+
+_ALLOWED = {
+    "torch": {
+        "Size",
+        "float32",
+        "bfloat16",
+        "float16",
+        "float64",
+        "int64",
+        "int32",
+        "uint8",
+        "bool",
+    },
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name not in _ALLOWED.get(module_name, ()):
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.has_gpu():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.has_gpu():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,71 @@
+"""What a Hugging Face model folder must hold, checked before anything heavy loads.
+
+Owns the lists of files; does not read weights (convert/hf_files.py) or build a processor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# Each as alternatives: without one of them transformers would build a default model, or fetch.
+_PROCESSOR_FILES = {
+    "model config": ("config.json",),
+    "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
+    "processor": ("preprocessor_config.json", "processor_config.json"),
+}
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
+    """Refuse a folder without a model config, tokenizer or processor.
+
+    Args:
+        folder: the model folder.
+        key: the setting that named it, for the message.
+
+    Raises:
+        ValueError: the folder or one of its files does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{key}={str(folder)!r} is no folder; give a local Hugging Face folder (models are not "
+            "fetched; digits: `python -m megatron_mmr1.data.digits`, then "
+            "`python -m megatron_mmr1.sft run=demo`)"
+        )
+    for what, names in _PROCESSOR_FILES.items():
+        if not any((folder / name).is_file() for name in names):
+            raise ValueError(
+                f"{key}={str(folder)!r} has no {what} ({' or '.join(names)}); "
+                "copy it there from the original model"
+            )
+
+
+def check_model_folder(folder: str | Path, key: str = "model.path") -> None:
+    """Refuse a folder that `check_processor_files` refuses or whose safetensors are not all there.
+
+    Args:
+        folder: the model folder.
+        key: the setting that named it, for the message.
+
+    Raises:
+        ValueError: the folder or one of its files does not exist.
+    """
+    check_processor_files(folder, key)
+    folder = Path(folder)
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        files = set(index["weight_map"].values())
+        missing = sorted(name for name in files if not (folder / name).is_file())
+        if missing:
+            raise ValueError(
+                f"{key}={str(folder)!r} lacks {', '.join(missing)}, which {_INDEX} names; "
+                "complete the copy of the model"
+            )
+    elif not (folder / _SINGLE).is_file():
+        raise ValueError(
+            f"{key}={str(folder)!r} holds neither {_SINGLE} nor {_INDEX}; "
+            "give a folder with safetensors (pickled weights are not read)"
+        )

@@ -1,0 +1,102 @@
+"""The run folder `outputs/EXPERIMENT/RUN/`: its name, its `config.yaml`, and who may write there.
+
+Owns no other file of the folder. A cold start's runs lie in `outputs/EXPERIMENT_sft/RUN/`, so that
+they do not mix with the GRPO runs of the experiment of the same name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_mmr1.config.schema import GrpoConfig, SftConfig
+
+CONFIG_FILE = "config.yaml"
+# Where a run lies and how it was started change nothing that it computes.
+_MAY_DIFFER = ("resume", "output_dir")
+
+
+def new_run_name() -> str:
+    """Return a name made from the time, in UTC to the second: 20260131-235959."""
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
+
+def check_folder_name(key: str, name: str) -> None:
+    """Refuse a name that is more or less than one visible folder.
+
+    Raises:
+        ValueError: `name` is empty, starts with a dot, or holds a slash or a control character.
+    """
+    if not name or name.startswith(".") or set(name) & set("/\\") or not name.isprintable():
+        raise ValueError(
+            f"{key}={name!r} is no plain folder name; use one without slashes that does not start "
+            "with a dot"
+        )
+
+
+def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
+    """Make the run folder with its `config.yaml`, or find it again when resuming; call on rank 0.
+
+    Args:
+        config: the resolved config. `config.yaml` records it with `run` set to `run_name`.
+        run_name: `config.run`, or `new_run_name()` when that is None.
+
+    Raises:
+        ValueError: a name is no plain folder name; the folder is in use and `resume` is never; or
+            the config saved there differs in more than `resume` and `output_dir`.
+    """
+    check_folder_name("experiment", config.experiment)
+    check_folder_name("run", run_name)
+    is_sft = isinstance(config, SftConfig)
+    experiment_folder = f"{config.experiment}_sft" if is_sft else config.experiment
+    run_dir = Path(config.output_dir) / experiment_folder / run_name
+    text = OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, run=run_name)))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if any(run_dir.iterdir()):
+        if is_sft or config.resume == "never":
+            or_resume = "" if is_sft else "resume=auto to continue it, or "
+            raise ValueError(f"run={run_name!r}: {run_dir} is in use; use {or_resume}another run=")
+        _check_same_config(run_dir, text)
+    else:
+        temporary = run_dir / f".{CONFIG_FILE}.{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, run_dir / CONFIG_FILE)
+    return run_dir
+
+
+def _check_same_config(run_dir: Path, text: str) -> None:
+    """Refuse to resume with another config than the one saved."""
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"resume='auto': {run_dir} has no {CONFIG_FILE}; use another run=")
+    saved = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
+    ours = _flatten(OmegaConf.to_container(OmegaConf.create(text)))
+    differing = [
+        f"{key}={ours.get(key, '(absent)')} here, {saved.get(key, '(absent)')} there"
+        for key in sorted(saved.keys() | ours.keys())
+        if key not in _MAY_DIFFER and saved.get(key, _ABSENT) != ours.get(key, _ABSENT)
+    ]
+    if differing:
+        raise ValueError(
+            f"resume='auto': {path} differs: {'; '.join(differing)}; "
+            "give the saved values, or another run="
+        )
+
+
+_ABSENT = object()
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,310 @@
+"""Everything that can be refused before anything heavy is imported: values, files, modules.
+
+Owns the cross-field checks of a config; its names and types are schema.py's and the command line's.
+Reads file names only and changes nothing. Each function raises at the first fault it finds.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_mmr1.config.model_folder import check_model_folder
+from megatron_mmr1.config.run_dir import check_folder_name
+from megatron_mmr1.config.schema import (
+    AlgorithmConfig,
+    EvaluateConfig,
+    GrpoConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplerConfig,
+    SftConfig,
+)
+
+_MODULE_REMEDIES = {
+    "megatron.core": "run `make setup` (or `pip install megatron-core`)",
+    "psutil": (
+        "run `make setup` (or `pip install psutil`): without it a Megatron checkpoint save hangs"
+    ),
+    "vllm": (
+        "run `make setup` (or install requirements-cpu.txt, or requirements-cuda.txt with a GPU)"
+    ),
+}
+
+
+def validate(config: GrpoConfig, world_size: int) -> None:
+    """Refuse a GRPO run that cannot work.
+
+    Args:
+        config: the resolved config.
+        world_size: the number of processes.
+
+    Raises:
+        ValueError: names the key, its value and a remedy.
+    """
+    _choice("resume", config.resume, ("never", "auto"))
+    if config.run is not None:
+        check_folder_name("run", config.run)
+    elif config.resume == "auto":
+        raise ValueError("resume='auto' needs the name of the run to continue; add run=NAME")
+    if config.replay is not None and not (Path(config.replay) / "rollouts").is_dir():
+        raise ValueError(
+            f"replay={config.replay!r} has no rollouts/ folder; "
+            "give the folder of an earlier run, as in outputs/EXPERIMENT/RUN"
+        )
+    _check_run(config.seed, config.num_steps, config.micro_batch_size)
+    _check_model(config.model)
+    _check_parallel(config.parallel)
+    _check_sampler(config.sampler)
+    _check_training_rollout(config.rollout)
+    _check_reward(config.reward)
+    _check_algorithm(config.algorithm)
+    steps_per_batch = config.algorithm.optimizer_steps_per_batch
+    _check_optimizer(config.optimizer, config.num_steps * steps_per_batch)
+    _check_batch(config, _dp_size(config.parallel, world_size))
+    _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
+    _at_least("evaluation.every", config.evaluation.every, 0)
+    _at_least("evaluation.samples_per_prompt", config.evaluation.samples_per_prompt, 1)
+    _at_least("checkpoint.every", config.checkpoint.every, 0)
+    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    check_data_file("data.train", config.data.train)
+    check_data_file("data.heldout", config.data.heldout)
+    check_model_folder(config.model.path)
+    for module in ("megatron.core", "psutil", "vllm"):
+        check_module(module)
+
+
+def validate_sft(config: SftConfig, world_size: int) -> None:
+    """Refuse a cold start that cannot work.
+
+    Args:
+        config: the resolved config.
+        world_size: the number of processes.
+
+    Raises:
+        ValueError: names the key, its value and a remedy.
+    """
+    if config.run is not None:
+        check_folder_name("run", config.run)
+    _check_run(config.seed, config.num_steps, config.micro_batch_size)
+    _check_model(config.model)
+    _check_parallel(config.parallel)
+    _check_optimizer(config.optimizer, config.num_steps)
+    dp_size = _dp_size(config.parallel, world_size)
+    _multiple(
+        "global_batch_size",
+        config.global_batch_size,
+        dp_size * config.micro_batch_size,
+        f"micro_batch_size={config.micro_batch_size} on {dp_size} data-parallel ranks",
+    )
+    check_data_file("data", config.data)
+    check_model_folder(config.model.path)
+    for module in ("megatron.core", "psutil"):
+        check_module(module)
+
+
+def validate_evaluate(config: EvaluateConfig) -> None:
+    """Refuse an evaluation that cannot work; unlike training it may be greedy or use top-p.
+
+    Raises:
+        ValueError: names the key, its value and a remedy.
+    """
+    _choice("benchmark", config.benchmark, ("digits",))
+    _at_least("seed", config.seed, 0)
+    _at_least("samples_per_prompt", config.samples_per_prompt, 1)
+    _at_least("rollout.temperature", config.rollout.temperature, 0)
+    _require(
+        0 < config.rollout.top_p <= 1,
+        "rollout.top_p",
+        config.rollout.top_p,
+        "is no probability; use a number above 0, at most 1",
+    )
+    _at_least("rollout.top_k", config.rollout.top_k, 0)
+    _check_rollout(config.rollout)
+    _check_reward(config.reward)
+    check_data_file("data", config.data)
+    check_model_folder(config.model, "model")
+    check_module("vllm")
+
+
+def check_data_file(key: str, path: str) -> None:
+    """Refuse a data file that does not exist.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    _require(
+        Path(path).is_file(),
+        key,
+        path,
+        "is no file; give a parquet file (`python -m megatron_mmr1.data.digits` writes those of "
+        "the digits task)",
+    )
+
+
+def check_module(module: str) -> None:
+    """Refuse to start without an installed module, which is found but not imported.
+
+    Raises:
+        ValueError: the module is not installed.
+    """
+    # find_spec("a.b") imports a, and raises where a is missing.
+    parent = module.partition(".")[0]
+    if find_spec(parent) is None or find_spec(module) is None:
+        remedy = _MODULE_REMEDIES.get(module, f"run `make setup` (or `pip install {module}`)")
+        raise ValueError(f"the module {module} is not installed; {remedy}")
+
+
+def _check_run(seed: int, num_steps: int, micro_batch_size: int) -> None:
+    _at_least("seed", seed, 0)
+    _at_least("num_steps", num_steps, 1)
+    _at_least("micro_batch_size", micro_batch_size, 1)
+
+
+def _check_model(config: ModelConfig) -> None:
+    _choice("model.dtype", config.dtype, ("float32", "bfloat16"))
+
+
+def _check_parallel(config: ParallelConfig) -> None:
+    for key in ("tp_size", "pp_size", "cp_size"):
+        size = getattr(config, key)
+        _require(size == 1, f"parallel.{key}", size, "is not available yet; use 1")
+
+
+def _check_optimizer(config: OptimizerConfig, num_optimizer_steps: int) -> None:
+    _require(
+        0 < config.lr < math.inf, "optimizer.lr", config.lr, "is no learning rate; use one above 0"
+    )
+    _require(
+        0 <= config.min_lr <= config.lr,
+        "optimizer.min_lr",
+        config.min_lr,
+        f"is not between 0 and optimizer.lr={config.lr!r}; use a number in that range",
+    )
+    _choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
+    _at_least("optimizer.warmup_steps", config.warmup_steps, 0)
+    _require(
+        config.warmup_steps < num_optimizer_steps,
+        "optimizer.warmup_steps",
+        config.warmup_steps,
+        f"leaves none of the run's {num_optimizer_steps} optimizer steps for the schedule; "
+        f"use at most {num_optimizer_steps - 1}",
+    )
+    for key in ("beta1", "beta2"):
+        beta = getattr(config, key)
+        _require(0 <= beta < 1, f"optimizer.{key}", beta, "is not in [0, 1); use 0 to below 1")
+    _at_least("optimizer.weight_decay", config.weight_decay, 0)
+    _at_least("optimizer.max_grad_norm", config.max_grad_norm, 0)
+
+
+def _check_sampler(config: SamplerConfig) -> None:
+    _choice("sampler.kind", config.kind, ("vas", "uniform"))
+    _require(
+        0 <= config.mixture_ratio <= 1,
+        "sampler.mixture_ratio",
+        config.mixture_ratio,
+        "is no share of a batch; use 0 to 1",
+    )
+    _not_both_zero("sampler.alpha", config.alpha, "sampler.beta", config.beta)
+    _at_least("sampler.update_every", config.update_every, 1)
+
+
+def _check_training_rollout(config: RolloutConfig) -> None:
+    _require(
+        config.group_size >= 2,
+        "rollout.group_size",
+        config.group_size,
+        "leaves nothing to compare a response with; use 2 or more",
+    )
+    _positive("rollout.temperature", config.temperature)
+    why = "would sample from a cut distribution, for which the trainer's softmax has no counterpart"
+    _require(config.top_p == 1, "rollout.top_p", config.top_p, f"{why}; use 1.0")
+    _require(config.top_k == 0, "rollout.top_k", config.top_k, f"{why}; use 0 (off)")
+    _check_rollout(config)
+
+
+def _check_rollout(config: RolloutConfig) -> None:
+    _at_least("rollout.max_response_tokens", config.max_response_tokens, 1)
+    _at_least("rollout.max_images_per_prompt", config.max_images_per_prompt, 0)
+    _at_least("rollout.kv_cache_bytes", config.kv_cache_bytes, 1)
+    _positive("rollout.max_logprob_diff", config.max_logprob_diff)
+
+
+def _check_reward(config: RewardConfig) -> None:
+    _not_both_zero(
+        "reward.format_weight",
+        config.format_weight,
+        "reward.accuracy_weight",
+        config.accuracy_weight,
+    )
+    _positive("reward.deadline_s", config.deadline_s)
+    _at_least("reward.num_workers", config.num_workers, 1)
+
+
+def _check_algorithm(config: AlgorithmConfig) -> None:
+    _require(
+        0 < config.clip_low < 1,
+        "algorithm.clip_low",
+        config.clip_low,
+        "does not keep 1 - clip_low between 0 and 1; use a number above 0 and below 1",
+    )
+    _positive("algorithm.clip_high", config.clip_high)
+    _at_least("algorithm.kl_coefficient", config.kl_coefficient, 0)
+    _choice("algorithm.aggregation", config.aggregation, ("token_mean", "sequence_mean"))
+    _at_least("algorithm.optimizer_steps_per_batch", config.optimizer_steps_per_batch, 1)
+
+
+def _check_batch(config: GrpoConfig, dp_size: int) -> None:
+    """Every data-parallel rank has as many micro-batches in every optimizer step as the others."""
+    steps = config.algorithm.optimizer_steps_per_batch
+    _multiple(
+        "prompts_per_step",
+        config.prompts_per_step,
+        dp_size * steps,
+        f"{dp_size} data-parallel ranks with algorithm.optimizer_steps_per_batch={steps}",
+    )
+    num = config.prompts_per_step * config.rollout.group_size // (dp_size * steps)
+    size = config.micro_batch_size
+    if num % size:
+        fitting = next(n for n in range(min(num, size), 0, -1) if num % n == 0)
+        raise ValueError(
+            f"micro_batch_size={size} does not divide the {num} sequences that each of {dp_size} "
+            f"data-parallel ranks takes an optimizer step; use {fitting}"
+        )
+
+
+def _dp_size(config: ParallelConfig, world_size: int) -> int:
+    return world_size // (config.tp_size * config.pp_size * config.cp_size)
+
+
+def _require(holds: bool, key: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"{key}={value!r} {remedy}")
+
+
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, key, value, f"is unknown; use {' or '.join(choices)}")
+
+
+def _at_least(key: str, value: float, least: int) -> None:
+    _require(value >= least, key, value, f"is too small; use {least} or more")
+
+
+def _positive(key: str, value: float) -> None:
+    _require(value > 0, key, value, "is not above 0; use a larger number")
+
+
+def _not_both_zero(key: str, value: float, other_key: str, other: float) -> None:
+    """Two weights: neither below 0, and one above it."""
+    _at_least(key, value, 0)
+    _at_least(other_key, other, 0)
+    _require(value + other > 0, key, value, f"and {other_key}={other!r} weigh nothing; raise one")
+
+
+def _multiple(key: str, value: int, unit: int, why: str) -> None:
+    holds = value >= 1 and value % unit == 0
+    _require(holds, key, value, f"does not divide over {why}; use a multiple of {unit}")

@@ -1,0 +1,61 @@
+"""`prompt_stats.parquet`: what the sampler believed of each prompt, a row a prompt an update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_mmr1.observability.files import replacing
+
+PROMPT_STATS_FILE = "prompt_stats.parquet"
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("category", pa.string()),
+        ("pass_rate", pa.float64()),  # NaN: never visited
+        ("ovs", pa.float64()),
+        ("tds", pa.float64()),
+        ("vps", pa.float64()),
+        ("draws", pa.int64()),
+        ("age", pa.int64()),  # steps since the last visit
+    ]
+)
+
+
+def append_prompt_stats(
+    run_dir: Path | str, rows: Mapping[str, Sequence[object] | np.ndarray]
+) -> None:
+    """Add one update's rows: the columns of `SCHEMA`, all of one length.
+
+    The file is rewritten whole and renamed into place, so that a reader never sees half of it.
+    """
+    path = Path(run_dir) / PROMPT_STATS_FILE
+    table = pa.table({name: pa.array(rows[name]) for name in SCHEMA.names}).cast(SCHEMA)
+    if path.exists():
+        table = pa.concat_tables([pq.read_table(path, schema=SCHEMA), table])
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_prompt_stats(run_dir: Path | str) -> dict[str, np.ndarray]:
+    """Return the columns, rows in the order written; empty columns when there is no file."""
+    path = Path(run_dir) / PROMPT_STATS_FILE
+    table = pq.read_table(path, schema=SCHEMA) if path.exists() else SCHEMA.empty_table()
+    return {name: table[name].to_numpy() for name in SCHEMA.names}
+
+
+def truncate_prompt_stats(run_dir: Path, step: int) -> None:
+    """Drop the rows of updates after `step`."""
+    path = run_dir / PROMPT_STATS_FILE
+    if not path.exists():
+        return
+    table = pq.read_table(path, schema=SCHEMA)
+    with replacing(path) as temporary:
+        pq.write_table(table.filter(pc.field("step") <= step), temporary)

@@ -1,0 +1,37 @@
+"""How long each phase of a step took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class PhaseTimers:
+    """Wall-clock seconds a phase, added up until `pop`. Nested phases each count their whole time.
+
+    The clock is the host's: a phase that only launches GPU work must end in something that waits
+    for it (reading the loss, a collective on the host) or its time shows up in the next phase.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the block under `name`, also when it raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
+
+    def seconds(self, name: str) -> float:
+        """Return what `name` took since the last pop."""
+        return self._seconds.get(name, 0.0)
+
+    def pop(self) -> dict[str, float]:
+        """Return {"time/NAME_s": seconds} since the last pop, and start over."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"time/{name}_s": value for name, value in seconds.items()}

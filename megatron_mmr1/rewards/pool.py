@@ -1,0 +1,208 @@
+"""Rewards for rollout groups, in worker processes that can be killed when an answer hangs them.
+
+Owns the hard deadline and the reward formula; the rules of judgement are in `accuracy.py` and
+`format.py`. An answer that needs no mathematics (nearly all on simple tasks) is judged here,
+without a worker.
+
+Workers are spawned, never forked: the trainer has torch and gloo threads. They import neither torch
+nor the trainer's `__main__`, and can't take more than `WORKER_MEMORY_BYTES`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.machinery import ModuleSpec
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import TYPE_CHECKING, Self
+
+from pebble import ProcessExpired, ProcessPool
+
+from megatron_mmr1.rewards.accuracy import judge_mathematics, judge_quickly
+from megatron_mmr1.rewards.format import is_well_formed
+
+if TYPE_CHECKING:  # at run time these would import torch or omegaconf into every worker
+    from megatron_mmr1.config.schema import RewardConfig
+    from megatron_mmr1.types import Outcome, RolloutGroup, ScoredGroup, ScoredRollout
+
+WORKER_MEMORY_BYTES = 4 * 2**30
+START_LIMIT_S = 60.0  # a worker starts in 2 s; on a busy machine in more
+
+_start_lock = threading.Lock()
+
+
+class _WorkerProcess(SpawnProcess):
+    """A spawned process that doesn't import the parent's `__main__`."""
+
+    def start(self) -> None:
+        """Start, with `__main__` named so that spawn skips it, as it does any `package.__main__`.
+
+        Otherwise each worker would import the whole trainer: seconds, and a gigabyte.
+        """
+        main = sys.modules["__main__"]
+        with _start_lock:
+            spec = main.__spec__
+            main.__spec__ = ModuleSpec("megatron_mmr1.rewards.__main__", None)
+            try:
+                super().start()
+            finally:
+                main.__spec__ = spec
+
+
+class _WorkerContext(SpawnContext):
+    Process = _WorkerProcess
+
+
+def _prepare_worker(memory_bytes: int) -> None:
+    """In a new worker: import math-verify before any deadline, cap memory, die when told to."""
+    import logging
+    import resource
+    import signal
+
+    import math_verify  # noqa: F401
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timers are off
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    # pebble's handler is Python code: it would wait for the big-integer power that it has to stop.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Judgement:
+    """One response on its way to a verdict: `verdict` if it was easy, else a `future` of `pool`."""
+
+    future: Future[tuple[Outcome, str]]
+    pool: ProcessPool
+
+    def __init__(self, response: str, gold: str) -> None:
+        self.response = response
+        self.gold = gold
+        self.verdict = judge_quickly(response, gold)
+
+
+class VerifierPool:
+    """Scores rollout groups in the background, in the order of submission.
+
+    Use as a context manager: `pool.submit(group)` for each group as the engine finishes it, then
+    `for scored in pool.results()`. Not thread-safe: one thread submits and collects.
+
+    Args:
+        config: weights of the reward, deadline of one response in seconds, number of workers.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        self._config = config
+        self._pool: ProcessPool | None = None  # started by the first answer that needs it
+        self._submitted: deque[tuple[RolloutGroup, list[_Judgement]]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def submit(self, group: RolloutGroup) -> None:
+        """Start judging all responses of a group; returns at once.
+
+        A response with finish_reason "length" is judged as it stands: an unfinished answer has no
+        complete `<answer>` block, so it is wrong and not well formed.
+        """
+        gold = group.prompt.answer
+        judgements = [_Judgement(rollout.text, gold) for rollout in group.rollouts]
+        for judgement in judgements:
+            if judgement.verdict is None:
+                self._schedule(judgement)
+        self._submitted.append((group, judgements))
+
+    def results(self) -> Iterator[ScoredGroup]:
+        """Yield each group submitted and not yet collected, in order of submission, waiting for it.
+
+        Equation (arXiv:2509.21268, Table 6): reward = format_weight * is_well_formed +
+        accuracy_weight * correct; NaN where the verdict is could_not_judge.
+        """
+        from megatron_mmr1.types import ScoredGroup
+
+        while self._submitted:
+            group, judgements = self._submitted[0]
+            scores = tuple(self._score(judgement) for judgement in judgements)
+            self._submitted.popleft()
+            yield ScoredGroup(group, scores)
+
+    def close(self) -> None:
+        """Kill the workers and forget what was not collected."""
+        self._submitted.clear()
+        self._stop_workers()
+
+    def _score(self, judgement: _Judgement) -> ScoredRollout:
+        from megatron_mmr1.types import ScoredRollout, Verdict
+
+        outcome, reason = judgement.verdict or self._wait(judgement)
+        formatted = is_well_formed(judgement.response)
+        reward = self._config.format_weight * formatted
+        reward += self._config.accuracy_weight * (outcome == "correct")
+        if outcome == "could_not_judge":
+            reward = math.nan
+        return ScoredRollout(Verdict(outcome, reason), formatted, reward)
+
+    def _wait(self, judgement: _Judgement) -> tuple[Outcome, str]:
+        for _ in range(2):
+            if not self._is_done(judgement):
+                self._stop_workers()
+                self._schedule(judgement)
+                continue
+            try:
+                return judgement.future.result()
+            except TimeoutError:
+                return "could_not_judge", f"deadline of {self._config.deadline_s:g} s passed"
+            except ProcessExpired:
+                return "could_not_judge", "verifier worker died"
+            except BrokenProcessPool:
+                self._schedule(judgement)
+        return "could_not_judge", "verifier workers keep dying"
+
+    def _is_done(self, judgement: _Judgement) -> bool:
+        """Wait for a judgement; False when its pool is gone or has stalled, so that it never comes.
+
+        When an idle worker dies, pebble gives its pool up and can forget a task that it had just
+        been handed. The first uncollected answer is next in the queue or running: hence the limit.
+        """
+        give_up_at = time.monotonic() + self._config.deadline_s + START_LIMIT_S
+        while time.monotonic() < give_up_at:
+            if wait([judgement.future], timeout=0.5).done:
+                return True
+            if judgement.pool is not self._pool or not judgement.pool.active:
+                return False
+        return False
+
+    def _schedule(self, judgement: _Judgement) -> None:
+        try:
+            self._send(judgement)
+        except RuntimeError:  # pebble's word for a pool that broke: once more, in a new one
+            self._stop_workers()
+            self._send(judgement)
+
+    def _send(self, judgement: _Judgement) -> None:
+        if self._pool is None:
+            self._pool = ProcessPool(
+                max_workers=self._config.num_workers,
+                initializer=_prepare_worker,
+                initargs=(WORKER_MEMORY_BYTES,),
+                context=_WorkerContext(),
+            )
+        judgement.pool = self._pool
+        judgement.future = self._pool.schedule(
+            judge_mathematics,
+            args=(judgement.response, judgement.gold),
+            timeout=self._config.deadline_s,
+        )
+
+    def _stop_workers(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None

@@ -1,0 +1,54 @@
+"""What the trainer asks of a rollout engine, and how a request's random seed is made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_mmr1.types import Prompt, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one batch.
+
+    Attributes:
+        group_size: responses a prompt.
+        temperature: 0 = greedy (then group_size must be 1).
+        max_response_tokens: a longer response is cut, and marked by its finish reason "length".
+        seed, step: with the prompt's id and the sample's index they fix every random number.
+    """
+
+    group_size: int
+    temperature: float
+    max_response_tokens: int
+    seed: int
+    step: int
+
+
+class RolloutEngine(Protocol):
+    """A sampler of responses that always knows which weights it holds."""
+
+    weight_version: int
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
+        """Yield one finished group a prompt, as they finish (not in the order of the prompts)."""
+        ...
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights (Hugging Face names), drop every cache that the old ones filled."""
+        ...
+
+
+def request_seed(sampling: Sampling, prompt_id: str) -> int:
+    """Return the seed of a group's first sample; sample i uses seed + i.
+
+    A pure function of (seed, step, prompt_id): a resumed run, or one on another number of ranks, draws the
+    same responses.
+    """
+    text = f"{sampling.seed}/{sampling.step}/{prompt_id}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

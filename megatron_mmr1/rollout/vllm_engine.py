@@ -1,0 +1,182 @@
+"""vLLM inside the trainer's process: multimodal prompts in, finished groups out, weights updated in place.
+
+The engine gets each prompt as the trainer's own record (token ids, pixels, grid), already processed: no image
+processor runs a second time, so both sides see the same pixels. It reports `processed_logprobs`: after
+temperature and bans, from the very distribution that the tokens were drawn from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+from transformers import AutoConfig, BatchFeature
+from vllm import LLM, SamplingParams
+from vllm.inputs.engine import MultiModalInput, TokensInput, mm_input, tokens_input
+from vllm.model_executor.models.qwen2_vl import _create_qwen2vl_field_factory
+from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+
+from megatron_mmr1.config.schema import RolloutConfig
+from megatron_mmr1.rollout.engine import Sampling, request_seed
+from megatron_mmr1.types import FinishReason, Prompt, Rollout, RolloutGroup
+
+_BLOCK_SIZE = (
+    32  # vLLM's CPU attention takes multiples of 32; its default of 128 never caches a short prompt
+)
+
+
+class VllmEngine:
+    """An in-process vLLM engine on this rank.
+
+    Args:
+        model: a Hugging Face folder.
+        banned_token_ids: never sampled (vision tokens: the trainer would take them for images).
+        max_prompt_tokens: the longest prompt that will come.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        config: RolloutConfig,
+        banned_token_ids: Sequence[int],
+        max_prompt_tokens: int,
+    ) -> None:
+        hf_config = AutoConfig.from_pretrained(model, local_files_only=True)
+        self._image_token_id: int = hf_config.image_token_id
+        self._mm_fields = _create_qwen2vl_field_factory(hf_config.vision_config.spatial_merge_size)
+        with _process_left_as_found():
+            self._llm = LLM(
+                model,
+                dtype=dtype,
+                enforce_eager=not torch.cuda.is_available(),
+                kv_cache_memory_bytes=config.kv_cache_bytes,
+                block_size=_BLOCK_SIZE,
+                max_model_len=max_prompt_tokens + config.max_response_tokens,
+                limit_mm_per_prompt={"image": config.max_images_per_prompt, "video": 0},
+                mm_device_do_normalize=False,  # our pixels are normalised; True would do it twice, silently
+                logprobs_mode="processed_logprobs",
+                logits_processors=[_ban_tokens(tuple(banned_token_ids))],
+                disable_log_stats=True,
+            )
+        self._num_requests = 0
+        self.weight_version = 0
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
+        """Yield one finished group a prompt, as they finish; see RolloutEngine.
+
+        The prefix cache starts empty, so that the result depends on the arguments and the weights alone.
+        """
+        self._llm.reset_prefix_cache()
+        waiting: dict[str, Prompt] = {}
+        for prompt in prompts:
+            self._num_requests += 1
+            request_id = str(self._num_requests)
+            self._llm.llm_engine.add_request(
+                request_id, self._engine_input(prompt), _sampling_params(sampling, prompt)
+            )
+            waiting[request_id] = prompt
+        while waiting:
+            for output in self._llm.llm_engine.step():
+                assert isinstance(output, RequestOutput) and output.finished
+                yield self._group(waiting.pop(output.request_id), output)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Load weights under their Hugging Face names and drop the prefix, encoder and processor caches."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        self._llm.reset_prefix_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+        self._llm.reset_mm_cache()
+        self.weight_version = version
+
+    def _group(self, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
+        rollouts = []
+        for completion in sorted(output.outputs, key=lambda c: c.index):
+            token_ids = tuple(completion.token_ids)
+            assert completion.logprobs is not None
+            logprobs = tuple(
+                float(at[token].logprob)
+                for at, token in zip(completion.logprobs, token_ids, strict=True)
+            )
+            finish: FinishReason = "stop" if completion.finish_reason == "stop" else "length"
+            rollouts.append(Rollout(completion.index, token_ids, logprobs, finish, completion.text))
+        return RolloutGroup(prompt, tuple(rollouts), self.weight_version)
+
+    def _engine_input(self, prompt: Prompt) -> MultiModalInput | TokensInput:
+        token_ids = prompt.token_ids.tolist()
+        if prompt.pixel_values is None or prompt.image_grid_thw is None:
+            return tokens_input(token_ids)
+        pixels = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+        items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(pixels), self._mm_fields(pixels))
+        places = _runs(token_ids, self._image_token_id)
+        assert len(places) == len(items["image"])
+        pixel_hash = hashlib.blake2b(prompt.pixel_values.numpy().tobytes(), digest_size=16)
+        hashes = [f"{pixel_hash.hexdigest()}-{index}" for index in range(len(places))]
+        return mm_input(token_ids, items, {"image": hashes}, {"image": places})
+
+
+def _sampling_params(sampling: Sampling, prompt: Prompt) -> SamplingParams:
+    return SamplingParams(
+        n=sampling.group_size,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_response_tokens,
+        seed=request_seed(sampling, prompt.prompt_id),
+        logprobs=0,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _runs(token_ids: Sequence[int], wanted: int) -> list[PlaceholderRange]:
+    """Find each maximal run of `wanted`: one image's placeholders (Qwen puts other tokens in between)."""
+    runs: list[PlaceholderRange] = []
+    start = None
+    for position, token in enumerate([*token_ids, None]):
+        if token == wanted and start is None:
+            start = position
+        elif token != wanted and start is not None:
+            runs.append(PlaceholderRange(offset=start, length=position - start))
+            start = None
+    return runs
+
+
+def _ban_tokens(token_ids: tuple[int, ...]) -> type[LogitsProcessor]:
+    """Return a logits processor class that makes `token_ids` impossible in every request."""
+
+    class BannedTokens(LogitsProcessor):
+        def __init__(self, vllm_config: object, device: torch.device, is_pin_memory: bool) -> None:
+            self._ids = torch.tensor(token_ids, dtype=torch.long, device=device)
+
+        def apply(self, logits: Tensor) -> Tensor:
+            return logits.index_fill_(-1, self._ids, -torch.inf)
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: BatchUpdate | None) -> None:
+            return None
+
+    return BannedTokens
+
+
+@contextmanager
+def _process_left_as_found() -> Iterator[None]:
+    """Undo what building a vLLM engine does to its host process: thread count and environment."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads(threads)

@@ -1,0 +1,37 @@
+"""The supervised cold start: `python -m megatron_mmr1.sft [experiment=NAME] [key=value ...]`; torchrun likewise."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron_mmr1.cli import load_config, run_main
+from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
+from megatron_mmr1.config.schema import SftConfig
+from megatron_mmr1.config.validate import validate_sft
+
+
+def main() -> None:
+    """Check, open the run folder on rank 0, train, and say where the model is."""
+    config = load_config(SftConfig, "sft_experiment", sys.argv[1:])
+    validate_sft(config, int(os.environ.get("WORLD_SIZE", "1")))
+    is_main = os.environ.get("RANK", "0") == "0"
+    run_dir = open_run_dir(config, config.run or new_run_name()) if is_main else None
+
+    from megatron_mmr1 import device
+
+    device.prepare_process()
+    from megatron_mmr1.backend import parallel
+    from megatron_mmr1.observability.report import write_report
+    from megatron_mmr1.trainers import sft
+
+    parallel.initialize(config.parallel, config.seed)
+    run_dir = parallel.broadcast_from_main(run_dir)
+    folder = sft.train(config, run_dir)
+    if is_main:
+        print(f"model: {folder}\nreport: {write_report(run_dir)}")
+    parallel.finalize()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,172 @@
+"""GRPO with Variance-Aware Sampling: the outer loop (arXiv:2509.21268, section 4; facts of a step in types.py).
+
+Composes the other rooms and contains no maths. A step that can't be trusted stops the run with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import batched
+from pathlib import Path
+
+from megatron_mmr1.backend import batching, losses, parallel
+from megatron_mmr1.config.schema import GrpoConfig
+from megatron_mmr1.convert.hf_files import write_hf_folder
+from megatron_mmr1.evaluation import accuracy
+from megatron_mmr1.observability.progress import Progress
+from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
+from megatron_mmr1.rollout.engine import Sampling
+from megatron_mmr1.sampling.statistics import prompt_stats
+from megatron_mmr1.trainers.reporting import RunRecords
+from megatron_mmr1.trainers.setup import Parts, build_parts
+from megatron_mmr1.types import MicroBatch, ScoredGroup
+
+
+def train(config: GrpoConfig, run_dir: Path) -> None:
+    """Train to `config.num_steps`, from the newest complete checkpoint when `config.resume` is auto.
+
+    Leaves in the run folder what ../README.md lists, and in `hf/` the last weights as a Hugging Face folder.
+    """
+    with build_parts(config, run_dir) as parts:
+        start, best = _resume(config, parts)
+        parts.sync.push(version=start)
+        records = RunRecords(run_dir, start)
+        with Progress(config.num_steps, start, "GRPO", is_quiet=not parallel.is_main()) as progress:
+            if start == 0 and config.replay is None:
+                records.write_metrics(0, _evaluate(config, parts))
+            for step in range(start + 1, config.num_steps + 1):
+                with parts.timers.phase("step"):
+                    groups, metrics = _step(step, config, parts)
+                    records.write_groups(step, groups)
+                    records.write_prompt_stats(parts.sampler.update_table())
+                    is_last = step == config.num_steps
+                    is_best = False
+                    if config.replay is None and _is_due(step, config.evaluation.every, is_last):
+                        metrics |= _evaluate(config, parts)
+                        is_best = metrics["eval/accuracy_sampled"] > best
+                        best = max(best, metrics["eval/accuracy_sampled"])
+                    if is_best or _is_due(step, config.checkpoint.every, is_last):
+                        with parts.timers.phase("checkpoint"):
+                            state = {
+                                "step": step,
+                                "best": best,
+                                "sampler": parts.sampler.state_dict(),
+                            }
+                            parts.checkpoints.save(step, parts.policy, state, is_best)
+                metrics |= parts.timers.pop()
+                records.write_metrics(step, metrics)
+                progress.update(step, metrics)
+        records.close()
+        if parallel.is_main():
+            write_hf_folder(run_dir / "hf", parts.policy.named_tensors(), config.model.path)
+        parallel.barrier()
+
+
+def _step(
+    step: int, config: GrpoConfig, parts: Parts
+) -> tuple[list[ScoredGroup], dict[str, float]]:
+    """Draw, sample, judge, learn, push the weights, and tell the sampler what its prompts were worth."""
+    timers = parts.timers
+    with timers.phase("sampler"):
+        prompts = next(parts.prompts)
+    with timers.phase("rollout"):
+        for group in parts.engine.generate(prompts, _training_sampling(config, step)):
+            parts.sync.check(group.weight_version)
+            parts.verifier.submit(group)
+    with timers.phase("reward"):
+        by_id = {scored.group.prompt.prompt_id: scored for scored in parts.verifier.results()}
+        groups = [by_id[prompt.prompt_id] for prompt in prompts]
+    with timers.phase("train"):
+        metrics = _learn(groups, config, parts)
+    with timers.phase("weight_sync"):
+        parts.sync.push(version=step)
+    with timers.phase("sampler"):
+        parts.sampler.observe(step, parallel.gather_over_dp([prompt_stats(g) for g in groups]))
+    sums = parallel.sum_over_dp(group_sums(groups))
+    return groups, metrics | group_metrics(
+        sums, timers.seconds("rollout")
+    ) | parts.sampler.metrics()
+
+
+def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> dict[str, float]:
+    """Take the optimizer steps of one batch of rollouts; old and reference log-probs are frozen before the first."""
+    num_steps = config.algorithm.optimizer_steps_per_batch
+    loss = losses.grpo(config.algorithm, parts.rule)
+    optimizer_batches = [
+        batching.micro_batches(
+            batching.samples_of_groups(part),
+            config.micro_batch_size,
+            config.algorithm.aggregation,
+            parts.images,
+        )
+        for part in batched(groups, len(groups) // num_steps)
+    ]
+    frozen = [_with_frozen_logprobs(batches, config, parts) for batches in optimizer_batches]
+    metrics = losses.mean_of_steps([parts.policy.train_step(batches, loss) for batches in frozen])
+    _stop_if_untrustworthy(metrics, config)
+    return metrics
+
+
+def _with_frozen_logprobs(
+    batches: list[MicroBatch], config: GrpoConfig, parts: Parts
+) -> list[MicroBatch]:
+    if config.algorithm.optimizer_steps_per_batch > 1:
+        old = parts.policy.logprobs(batches, parts.rule)
+        batches = [replace(b, old_logprobs_NS=x) for b, x in zip(batches, old, strict=True)]
+    if config.algorithm.kl_coefficient > 0:
+        ref = parts.policy.reference_logprobs(batches, parts.rule)
+        batches = [replace(b, ref_logprobs_NS=x) for b, x in zip(batches, ref, strict=True)]
+    return batches
+
+
+def _stop_if_untrustworthy(metrics: dict[str, float], config: GrpoConfig) -> None:
+    if metrics["tokens/nonfinite"] > 0:
+        raise RuntimeError(
+            f"{metrics['tokens/nonfinite']:.0f} response tokens have a log-prob that is not finite: "
+            "the run has diverged; resume from a checkpoint with a lower optimizer.lr"
+        )
+    if metrics["logprob_diff/mean"] > config.rollout.max_logprob_diff:
+        raise RuntimeError(
+            f"the trainer's and the engine's log-probs differ by {metrics['logprob_diff/mean']:.2e} on "
+            f"average, above rollout.max_logprob_diff={config.rollout.max_logprob_diff:g}: they don't hold "
+            "the same model; raise the bound only if the precision explains it"
+        )
+
+
+def _evaluate(config: GrpoConfig, parts: Parts) -> dict[str, float]:
+    """Measure held-out accuracy, sampled at the training temperature and greedy; the same seeds each time."""
+    with parts.timers.phase("evaluation"):
+        sampled = replace(
+            _training_sampling(config, step=0), group_size=config.evaluation.samples_per_prompt
+        )
+        greedy = replace(sampled, group_size=1, temperature=0.0)
+        metrics: dict[str, float] = {}
+        for name, sampling in (("sampled", sampled), ("greedy", greedy)):
+            groups = accuracy.generate_and_judge(
+                parts.engine, parts.verifier, parts.heldout, sampling
+            )
+            everyone = parallel.gather_over_dp(accuracy.judged(groups))
+            metrics |= accuracy.accuracy(everyone, f"eval/accuracy_{name}")
+    return metrics
+
+
+def _training_sampling(config: GrpoConfig, step: int) -> Sampling:
+    rollout = config.rollout
+    return Sampling(
+        rollout.group_size, rollout.temperature, rollout.max_response_tokens, config.seed, step
+    )
+
+
+def _is_due(step: int, every: int, is_last: bool) -> bool:
+    return is_last or (every > 0 and step % every == 0)
+
+
+def _resume(config: GrpoConfig, parts: Parts) -> tuple[int, float]:
+    """Return the step to go on from and the best held-out accuracy so far."""
+    step = parts.checkpoints.newest() if config.resume == "auto" else None
+    if step is None:
+        return 0, float("-inf")
+    state = parts.checkpoints.load(step, parts.policy)
+    parts.sampler.load_state_dict(state["sampler"])
+    return step, state["best"]

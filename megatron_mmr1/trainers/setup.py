@@ -1,0 +1,106 @@
+"""Builds the parts of a GRPO run from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_mmr1.backend import batching, losses, parallel
+from megatron_mmr1.backend.checkpoint import Checkpoints
+from megatron_mmr1.backend.policy import MegatronPolicy
+from megatron_mmr1.config.schema import GrpoConfig
+from megatron_mmr1.data.dataset import PromptDataset
+from megatron_mmr1.data.loader import build_loader
+from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.observability.rollouts import read_rollouts
+from megatron_mmr1.observability.timers import PhaseTimers
+from megatron_mmr1.rewards import VerifierPool
+from megatron_mmr1.rollout.engine import RolloutEngine
+from megatron_mmr1.rollout.replay import ReplayEngine
+from megatron_mmr1.sampling import build_sampler
+from megatron_mmr1.sampling.base import DataParallelSlice, Sampler
+from megatron_mmr1.trainers.reporting import report_bad_rows
+from megatron_mmr1.types import Prompt
+from megatron_mmr1.weight_sync import WeightSync
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a GRPO run is made of, on this rank.
+
+    Attributes:
+        prompts: this rank's share of each draw, one list a step.
+        heldout: this rank's share of the held-out prompts.
+        rule: the softmax that engine and trainer share.
+    """
+
+    policy: MegatronPolicy
+    engine: RolloutEngine
+    sync: WeightSync
+    sampler: Sampler
+    prompts: Iterator[list[Prompt]]
+    heldout: list[Prompt]
+    verifier: VerifierPool
+    checkpoints: Checkpoints
+    images: batching.ImageTokens
+    rule: losses.SoftmaxRule
+    timers: PhaseTimers
+
+
+@contextmanager
+def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
+    """Build the parts, data first (its errors are the cheapest to meet), and close the verifier at the end."""
+    processor = PromptProcessor(config.model.path)
+    train_set, heldout_set = (
+        PromptDataset(path, processor, config.data.max_prompt_tokens)
+        for path in (config.data.train, config.data.heldout)
+    )
+    report_bad_rows(run_dir, config.data.train, train_set.bad_rows, len(train_set))
+    report_bad_rows(run_dir, config.data.heldout, heldout_set.bad_rows, len(heldout_set))
+    rank, size = parallel.dp_rank(), parallel.dp_size()
+    sampler = build_sampler(
+        train_set.prompt_ids,
+        train_set.categories,
+        config.prompts_per_step,
+        config.sampler,
+        config.seed,
+    )
+    policy = MegatronPolicy(
+        config.model,
+        config.parallel,
+        config.optimizer,
+        num_steps=config.num_steps * config.algorithm.optimizer_steps_per_batch,
+        keep_reference=config.algorithm.kl_coefficient > 0,
+    )
+    engine = _build_engine(config, processor)
+    with VerifierPool(config.reward) as verifier:
+        yield Parts(
+            policy=policy,
+            engine=engine,
+            sync=WeightSync(policy, engine),
+            sampler=sampler,
+            prompts=iter(build_loader(train_set, DataParallelSlice(sampler, rank, size))),
+            heldout=[heldout_set[i] for i in range(rank, len(heldout_set), size)],
+            verifier=verifier,
+            checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),
+            images=batching.ImageTokens(processor.image_token_id, processor.spatial_merge_size),
+            rule=losses.SoftmaxRule(config.rollout.temperature, processor.banned_token_ids),
+            timers=PhaseTimers(),
+        )
+
+
+def _build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngine:
+    if config.replay is not None:
+        return ReplayEngine(partial(read_rollouts, config.replay))
+    from megatron_mmr1.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        config.model.path,
+        config.model.dtype,
+        config.rollout,
+        processor.banned_token_ids,
+        config.data.max_prompt_tokens,
+    )

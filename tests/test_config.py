@@ -1,0 +1,380 @@
+"""The command line, the checks of a config, and the run folder. Nothing here imports torch."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_mmr1 import cli
+from megatron_mmr1.config.model_folder import check_model_folder
+from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
+from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, SftConfig
+from megatron_mmr1.config.validate import check_module, validate, validate_evaluate, validate_sft
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty files of the right names: a model folder and a data set. Read only: it is shared."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors"):
+        (folder / "model" / name).touch()
+    (folder / "data.parquet").touch()
+    return folder
+
+
+def grpo(files: Path, *overrides: str) -> GrpoConfig:
+    data, model = files / "data.parquet", files / "model"
+    paths = [f"data.train={data}", f"data.heldout={data}", f"model.path={model}"]
+    return cli.load_config(GrpoConfig, "experiment", [*paths, *overrides])
+
+
+def sft(files: Path, *overrides: str) -> SftConfig:
+    paths = [f"data={files / 'data.parquet'}", f"model.path={files / 'model'}"]
+    return cli.load_config(SftConfig, "sft_experiment", [*paths, *overrides])
+
+
+def evaluation(files: Path, *overrides: str) -> EvaluateConfig:
+    paths = [f"data={files / 'data.parquet'}", f"model={files / 'model'}"]
+    return cli.load_config(EvaluateConfig, "evaluate", [*paths, *overrides])
+
+
+def message_of(function: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", cli.experiments("experiment"))
+def test_every_grpo_experiment_composes_and_is_valid(files: Path, name: str):
+    config = grpo(files, f"experiment={name}")
+    assert config.experiment == name
+    validate(config, world_size=1)
+
+
+@pytest.mark.parametrize("name", cli.experiments("sft_experiment"))
+def test_every_cold_start_composes_and_is_valid(files: Path, name: str):
+    config = sft(files, f"experiment={name}")
+    assert config.experiment == name
+    validate_sft(config, world_size=1)
+
+
+def test_the_evaluation_composes_and_is_valid_greedily_too(files: Path):
+    validate_evaluate(evaluation(files))
+    validate_evaluate(evaluation(files, "rollout.temperature=0"))
+
+
+def test_an_experiment_states_only_its_difference_and_the_command_line_wins(files: Path):
+    vas, uniform = grpo(files), grpo(files, "experiment=digits_uniform", "optimizer.lr=1")
+    assert (vas.sampler.kind, uniform.sampler.kind) == ("vas", "uniform")
+    assert uniform.optimizer.lr == 1.0
+    assert type(uniform.optimizer.lr) is float
+    same = replace(uniform, experiment="digits", sampler=vas.sampler, optimizer=vas.optimizer)
+    assert same == vas
+
+
+# Arguments, then what the message must hold: key with value, and remedy.
+COMMAND_LINE_FAULTS = [
+    (["experiment=nope"], "experiment='nope'", "digits, digits_uniform"),
+    (["rollout.group_sise=4"], "rollout.group_sise=4", "did you mean rollout.group_size"),
+    (["group_size=4"], "group_size=4", "did you mean rollout.group_size"),
+    (["zzz=4"], "zzz=4", "--help"),
+    (["rollout={zzz:4}"], "rollout.zzz", "--help"),
+    (["num_steps=many"], "num_steps='many'", "int"),
+    (["num_steps=1.5"], "num_steps=1.5", "int"),
+    (["num_steps=null"], "num_steps=null", "int"),
+    (["optimizer.lr=fast"], "optimizer.lr='fast'", "float"),
+    (["optimizer=5"], "optimizer=5", "optimizer.lr=VALUE"),
+    (["model=DIR"], "model='DIR'", "model.path=VALUE"),
+    (["optimizer.lr=???"], "optimizer.lr=???", "add optimizer.lr=VALUE"),
+    (["optimizer.lr=${nope}"], "optimizer.lr", "give a plain value"),
+    (["+new=1"], "'+new=1'", "key=value"),
+    (["~seed"], "'~seed'", "key=value"),
+    (["--multirun"], "'--multirun'", "--help"),
+    (["seed"], "'seed'", "key=value"),
+    (["seed=1,2"], "seed=1,2", "quote"),
+    (["run=a=b"], "run=a=b", "quote"),
+    (["run=[a"], "run=[a", "quote"),
+    (["hydra.run.dir=x"], "'hydra.run.dir=x'", "remove"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "key_and_value", "remedy"), COMMAND_LINE_FAULTS)
+def test_a_bad_command_line_gives_key_value_and_remedy(
+    arguments: list[str], key_and_value: str, remedy: str
+):
+    message = message_of(cli.load_config, GrpoConfig, "experiment", arguments)
+    assert key_and_value in message
+    assert remedy in message
+
+
+def test_a_required_key_without_value_is_named():
+    message = message_of(cli.load_config, EvaluateConfig, "evaluate", [])
+    assert message == "model=???: required and not set; add model=VALUE"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rollout: {group_sise: 3}", "rollout.group_sise is unknown (in experiment/own.yaml)"),
+        ("seed: abc", "seed='abc' is of the wrong type (in experiment/own.yaml)"),
+        ("seed: [1", "own.yaml"),
+        ("defaults: [nope, _self_]", "nope"),
+    ],
+)
+def test_a_fault_in_an_experiment_file_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
+):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text(text)
+    monkeypatch.setattr(cli, "CONF_DIR", tmp_path)
+    assert expected in message_of(cli.load_config, GrpoConfig, "experiment", ["experiment=own"])
+
+
+# One override of the valid digits experiment, the message's start, and its remedy.
+GRPO_FAULTS = [
+    ("rollout.group_size=1", "rollout.group_size=1 ", "use 2 or more"),
+    ("prompts_per_step=0", "prompts_per_step=0 ", "use a multiple of"),
+    ("micro_batch_size=0", "micro_batch_size=0 ", "use 1 or more"),
+    ("micro_batch_size=100", "micro_batch_size=100 ", "use 64"),
+    ("parallel.tp_size=2", "parallel.tp_size=2 ", "use 1"),
+    ("parallel.pp_size=2", "parallel.pp_size=2 ", "use 1"),
+    ("parallel.cp_size=2", "parallel.cp_size=2 ", "use 1"),
+    ("rollout.top_p=0.9", "rollout.top_p=0.9 ", "use 1.0"),
+    ("rollout.top_k=5", "rollout.top_k=5 ", "use 0"),
+    ("rollout.temperature=0", "rollout.temperature=0.0 ", "use a larger"),
+    ("rollout.temperature=nan", "rollout.temperature=nan ", "use a larger"),
+    ("rollout.max_response_tokens=0", "rollout.max_response_tokens=0 ", "use 1 or more"),
+    ("algorithm.clip_low=0", "algorithm.clip_low=0.0 ", "below 1"),
+    ("algorithm.clip_low=1", "algorithm.clip_low=1.0 ", "below 1"),
+    ("algorithm.clip_high=0", "algorithm.clip_high=0.0 ", "use a larger"),
+    ("algorithm.kl_coefficient=-1", "algorithm.kl_coefficient=-1.0 ", "use 0 or more"),
+    ("algorithm.aggregation=sum", "algorithm.aggregation='sum' ", "token_mean or sequence_mean"),
+    ("algorithm.optimizer_steps_per_batch=0", "algorithm.optimizer_steps_per_batch=0 ", "use 1"),
+    ("algorithm.optimizer_steps_per_batch=3", "prompts_per_step=32 ", "use a multiple of 3"),
+    ("sampler.kind=random", "sampler.kind='random' ", "vas or uniform"),
+    ("sampler.mixture_ratio=1.5", "sampler.mixture_ratio=1.5 ", "use 0 to 1"),
+    ("sampler.alpha=-1", "sampler.alpha=-1.0 ", "use 0 or more"),
+    ("sampler={alpha:0,beta:0}", "sampler.alpha=0.0 and sampler.beta=0.0 ", "raise one"),
+    ("sampler.update_every=0", "sampler.update_every=0 ", "use 1 or more"),
+    ("model.dtype=float16", "model.dtype='float16' ", "float32 or bfloat16"),
+    ("model.path=nowhere", "model.path='nowhere' ", "megatron_mmr1.sft"),
+    ("optimizer.schedule=step", "optimizer.schedule='step' ", "constant or linear or cosine"),
+    ("optimizer.lr=0", "optimizer.lr=0.0 ", "above 0"),
+    ("optimizer.min_lr=1", "optimizer.min_lr=1.0 ", "range"),
+    ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1 ", "use 0 or more"),
+    ("optimizer.warmup_steps=40", "optimizer.warmup_steps=40 ", "use at most 39"),
+    ("optimizer.beta2=1", "optimizer.beta2=1.0 ", "below 1"),
+    ("num_steps=0", "num_steps=0 ", "use 1 or more"),
+    ("seed=-1", "seed=-1 ", "use 0 or more"),
+    ("replay=nowhere", "replay='nowhere' ", "outputs/EXPERIMENT/RUN"),
+    ("resume=always", "resume='always' ", "never or auto"),
+    ("resume=auto", "resume='auto' ", "add run=NAME"),
+    ("run=../x", "run='../x' ", "without slashes"),
+    ("run=.x", "run='.x' ", "without slashes"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last=0 ", "use 1 or more"),
+    ("evaluation.every=-1", "evaluation.every=-1 ", "use 0 or more"),
+    ("reward.deadline_s=0", "reward.deadline_s=0.0 ", "use a larger"),
+    ("reward.num_workers=0", "reward.num_workers=0 ", "use 1 or more"),
+    ("reward.format_weight=-1", "reward.format_weight=-1.0 ", "use 0 or more"),
+    ("reward={format_weight:0,accuracy_weight:0}", "reward.format_weight=0.0 and ", "raise one"),
+    ("data.train=nowhere", "data.train='nowhere' ", "megatron_mmr1.data.digits"),
+    ("data.heldout=nowhere", "data.heldout='nowhere' ", "megatron_mmr1.data.digits"),
+]
+
+
+@pytest.mark.parametrize(("override", "start", "remedy"), GRPO_FAULTS)
+def test_a_bad_grpo_setting_gives_key_value_and_remedy(
+    files: Path, override: str, start: str, remedy: str
+):
+    message = message_of(validate, grpo(files, override), 1)
+    assert message.startswith(start)
+    assert remedy in message
+
+
+def test_batches_must_divide_over_the_data_parallel_ranks(files: Path):
+    message = message_of(validate, grpo(files), 3)
+    assert message.startswith("prompts_per_step=32 ")
+    assert "3 data-parallel ranks" in message
+    assert "use a multiple of 3" in message
+    message = message_of(validate, grpo(files), 4)  # 32 * 8 / 4 = 64 sequences a rank
+    assert message.startswith("micro_batch_size=128 does not divide the 64 sequences")
+    assert message.endswith("use 64")
+    validate(grpo(files, "micro_batch_size=64"), 4)
+    message = message_of(validate_sft, sft(files), 2)
+    assert message.startswith("global_batch_size=48 ")
+    assert message.endswith("use a multiple of 96")
+    validate_sft(sft(files, "micro_batch_size=12"), 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "start", "remedy"),
+    [
+        ("benchmark=nope", "benchmark='nope' ", "use digits"),
+        ("samples_per_prompt=0", "samples_per_prompt=0 ", "use 1 or more"),
+        ("rollout.temperature=-1", "rollout.temperature=-1.0 ", "use 0 or more"),
+        ("rollout.top_p=0", "rollout.top_p=0.0 ", "above 0"),
+        ("data=nowhere", "data='nowhere' ", "megatron_mmr1.data.digits"),
+        ("model=nowhere", "model='nowhere' ", "give a local Hugging Face folder"),
+    ],
+)
+def test_a_bad_evaluation_setting_gives_key_value_and_remedy(
+    files: Path, override: str, start: str, remedy: str
+):
+    message = message_of(validate_evaluate, evaluation(files, override))
+    assert message.startswith(start)
+    assert remedy in message
+
+
+def test_an_incomplete_model_folder_names_what_it_lacks(tmp_path: Path):
+    for name, lacking in [
+        ("config.json", "config.json"),
+        ("tokenizer.json", "tokenizer.json or vocab.json"),
+        ("preprocessor_config.json", "preprocessor_config.json"),
+        ("model.safetensors", "neither model.safetensors"),
+    ]:
+        assert lacking in message_of(check_model_folder, tmp_path)
+        (tmp_path / name).touch()
+    check_model_folder(tmp_path)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-2.safetensors" in message_of(check_model_folder, tmp_path)
+
+
+@pytest.mark.parametrize("module", ["no_such_module", "no_such_parent.core", "json.no_such"])
+def test_a_module_that_is_not_installed_is_named(module: str):
+    message = message_of(check_module, module)
+    assert module in message
+    assert "make setup" in message
+
+
+def test_a_run_folder_records_the_config_and_is_taken_once(files: Path, tmp_path: Path):
+    config = grpo(files, f"output_dir={tmp_path}", "optimizer.lr=1e-5")
+    run_dir = open_run_dir(config, "first")
+    assert run_dir == tmp_path / "digits" / "first"
+    assert "lr: 1.0e-05" in (run_dir / "config.yaml").read_text()
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    message = message_of(open_run_dir, config, "first")
+    assert message.startswith("run='first'")
+    assert "resume=auto" in message
+    assert open_run_dir(config, "second") == tmp_path / "digits" / "second"
+    cold = sft(files, f"output_dir={tmp_path}")
+    assert open_run_dir(cold, "first") == tmp_path / "digits_sft" / "first"
+    assert "resume" not in message_of(open_run_dir, cold, "first")
+
+
+def test_resuming_needs_the_saved_config(files: Path, tmp_path: Path):
+    # An output folder spelled differently, and resume itself, are no difference.
+    first = grpo(files, f"output_dir={tmp_path}", "optimizer.lr=1e-5")
+    run_dir = open_run_dir(first, "20260131")  # made from the time: config.run was None
+    again = replace(first, output_dir=f"{tmp_path}/.", resume="auto", run="20260131")
+    assert open_run_dir(again, "20260131") == run_dir
+    other = replace(again, seed=7, sampler=replace(again.sampler, kind="uniform"))
+    message = message_of(open_run_dir, other, "20260131")
+    assert "differs: sampler.kind=uniform here, vas there; seed=7 here, 0 there;" in message
+    assert "another run=" in message
+    (run_dir / "config.yaml").rename(run_dir / "config.txt")
+    assert "has no config.yaml" in message_of(open_run_dir, again, "20260131")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".x", "a/b", "/a", "a\\b", "a\nb"])
+def test_only_plain_folder_names_are_taken(files: Path, tmp_path: Path, name: str):
+    config = grpo(files, f"output_dir={tmp_path}")
+    assert message_of(open_run_dir, config, name).startswith("run=")
+    renamed = replace(config, experiment=name)
+    assert message_of(open_run_dir, renamed, "x").startswith("experiment=")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_run_name_is_a_time_that_the_command_line_takes_back(files: Path):
+    name = new_run_name()
+    assert re.fullmatch(r"\d{8}-\d{6}", name)
+    assert grpo(files, f"run={name}").run == name
+
+
+PROGRAM = """
+import sys
+from megatron_mmr1.cli import load_config, run_main
+from megatron_mmr1.config.schema import GrpoConfig
+from megatron_mmr1.config.validate import validate
+
+def main():
+    config = load_config(GrpoConfig, "experiment", sys.argv[1:])
+    if config.run == "bug":
+        list(zip([1], [], strict=True))
+    if config.run == "library":
+        import json
+        json.loads("{")
+    validate(config, world_size=1)
+
+try:
+    run_main(main)
+finally:
+    heavy = {"torch", "megatron", "vllm", "transformers", "numpy"} & set(sys.modules)
+    assert not heavy, heavy
+"""
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(cli.CONF_DIR.parent)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_users_fault_is_one_line_and_exit_status_2(tmp_path: Path):
+    faults = [
+        ("experiment=nope", "error: experiment='nope' is unknown; use one of: digits"),
+        ("num_stepz=3", "error: num_stepz=3 is unknown; did you mean num_steps"),
+        (
+            "num_steps=many",
+            "error: num_steps='many' is of the wrong type; give a value of type int",
+        ),
+        ("num_steps=0", "error: num_steps=0 is too small; use 1 or more"),
+    ]
+    processes = [start(tmp_path, argument) for argument, _ in faults]
+    for process, (_, expected) in zip(processes, faults, strict=True):
+        output, errors = process.communicate()
+        assert process.returncode == 2
+        assert errors.startswith(expected)
+        assert errors.count("\n") == 1
+        assert output == ""
+    assert list(tmp_path.iterdir()) == []  # hydra wrote nothing
+
+
+def test_a_valueerror_that_no_raise_of_ours_made_keeps_its_traceback(tmp_path: Path):
+    for process in [start(tmp_path, "run=bug"), start(tmp_path, "run=library")]:
+        _, errors = process.communicate()
+        assert process.returncode == 1
+        assert errors.startswith("Traceback")
+
+
+def test_rank_0_speaks_first_and_a_rank_alone_with_its_fault_speaks_too(tmp_path: Path):
+    rank_0 = start(tmp_path, "num_steps=0", RANK="0")
+    rank_1 = start(tmp_path, "num_steps=0", RANK="1")
+    assert rank_0.communicate()[1].count("\n") == 1
+    assert rank_1.poll() is None  # torchrun would end it now, before it has said anything
+    assert rank_1.communicate()[1].startswith("error on rank 1: num_steps=0")
+    assert (rank_0.returncode, rank_1.returncode) == (2, 2)
+
+
+def test_help_shows_the_experiments_and_every_default(tmp_path: Path):
+    process = start(tmp_path, "--help", "experiment=digits_uniform")
+    on_rank_1 = start(tmp_path, "--help", RANK="1")
+    output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert "experiments: digits, digits_uniform (default: digits)" in output
+    assert "experiment: digits_uniform\n" in output
+    assert "  kind: uniform\n" in output
+    assert on_rank_1.communicate() == ("", "")

@@ -1,0 +1,407 @@
+"""The data room: the tiny model's files, the digits task, images, positions, rows set aside."""
+
+import io
+import re
+import shutil
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from megatron_mmr1.data.dataset import DemonstrationDataset, PromptDataset
+from megatron_mmr1.data.digits import (
+    PROMPT_SCHEMA,
+    SFT_SCHEMA,
+    build_digits,
+    scan_split,
+)
+from megatron_mmr1.data.images import decode_image
+from megatron_mmr1.data.loader import build_loader
+from megatron_mmr1.data.mrope import mrope_positions
+from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.data.tiny_model import build_tiny_qwen2_5_vl
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model_dir: Path) -> PromptProcessor:
+    return PromptProcessor(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(tiny_model_dir).eval()
+
+
+def png(width: int = 28, height: int = 28, mode: str = "RGB", color: Any = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height), color).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def huge_png() -> bytes:
+    """A few bytes whose header claims 13,000 x 13,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 13_000, 13_000, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def hf_positions(model: Any, token_ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
+    is_image = (token_ids == model.config.image_token_id).int()
+    return model.model.get_rope_index(token_ids[None], is_image[None], grid)[0][:, 0]
+
+
+# The tiny model
+
+
+def test_tiny_model_gives_finite_logprobs_for_an_image_prompt(
+    model: Any, processor: PromptProcessor
+) -> None:
+    prompt = processor.prompt("a", "<image>Sum?", [png(84)])
+    token_ids = prompt.token_ids[None]
+    with torch.no_grad():
+        logits = model(
+            input_ids=token_ids,
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+            mm_token_type_ids=(token_ids == processor.image_token_id).int(),
+        ).logits
+    assert logits.log_softmax(-1).isfinite().all()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert 0.7e6 < sum(p.numel() for p in model.parameters()) < 0.9e6
+
+
+def test_same_seed_gives_the_same_weights_and_tying_drops_the_output_layer(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    again = build_tiny_qwen2_5_vl(tmp_path / "again")
+    name = "model.safetensors"
+    assert (again / name).read_bytes() == (tiny_model_dir / name).read_bytes()
+    tied = build_tiny_qwen2_5_vl(tmp_path / "tied", tie_word_embeddings=True)
+    with safe_open(tied / name, "pt") as file:
+        assert not any("lm_head" in key for key in file.keys())  # noqa: SIM118
+
+
+def test_tokenizer_round_trips_every_response_and_refuses_other_text(
+    processor: PromptProcessor, digits_dir: Path
+) -> None:
+    for conversation in pq.read_table(digits_dir / "sft.parquet")["conversations"].to_pylist():
+        response = conversation[1]["value"]
+        token_ids = processor.response_token_ids(response)
+        assert processor.tokenizer.decode(token_ids, skip_special_tokens=True) == response
+        assert token_ids[-1] == processor.end_of_turn_id
+    with pytest.raises(ValueError, match="no token"):
+        processor.encode("Zebra?")
+
+
+def test_a_folder_without_its_files_is_refused_by_name(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "tokenizer.json", "processor_config.json"):
+        folder = tmp_path / name
+        shutil.copytree(tiny_model_dir, folder)
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=name):
+            PromptProcessor(folder)
+
+
+# The digits task
+
+
+def test_k_digits_take_k_visual_tokens_and_are_not_resized(
+    processor: PromptProcessor, digits_dir: Path
+) -> None:
+    prompts = PromptDataset(digits_dir / "heldout.parquet", processor)
+    seen = set()
+    for prompt in prompts:
+        k = int(prompt.category[-1])
+        seen.add(k)
+        assert prompt.image_grid_thw is not None and prompt.pixel_values is not None
+        assert prompt.image_grid_thw.tolist() == [[1, 2, 2 * k]]
+        assert (prompt.token_ids == processor.image_token_id).sum() == k
+        assert prompt.pixel_values.dtype == torch.float32
+        assert decode_image(prompt.images[0]).size == (28 * k, 28)
+    assert seen == {1, 2, 3, 4, 5}
+
+
+def test_heldout_scans_never_occur_in_training_files(digits_dir: Path) -> None:
+    def scans(name: str) -> set[int]:
+        images = pq.read_table(digits_dir / f"{name}.parquet")["images"].to_pylist()
+        return {int(scan) for row in images for scan in re.findall(r"\d+", row[0]["path"])}
+
+    training, heldout = (set(part.tolist()) for part in scan_split())
+    assert not training & heldout and len(training | heldout) == 1797
+    assert scans("train") <= training and scans("sft") <= training
+    assert scans("heldout") <= heldout
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_others(
+    digits_dir: Path, tmp_path: Path
+) -> None:
+    sizes = {"num_train": 200, "num_heldout": 100, "num_demonstrations": 200}
+    build_digits(tmp_path / "same", **sizes)
+    build_digits(tmp_path / "other", seed=1, **sizes)
+    for name in ("train.parquet", "heldout.parquet", "sft.parquet"):
+        original = (digits_dir / name).read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == original
+        assert (tmp_path / "other" / name).read_bytes() != original
+
+
+def test_complete_files_are_kept_and_changed_settings_rewrite_only_their_file(
+    tmp_path: Path,
+) -> None:
+    sizes = {"num_train": 10, "num_heldout": 10, "num_demonstrations": 10}
+    assert len(build_digits(tmp_path, **sizes)) == 3
+    assert build_digits(tmp_path, **sizes) == []
+    assert build_digits(tmp_path, **sizes, sft_noise=0.1) == [tmp_path / "sft.parquet"]
+    assert len(build_digits(tmp_path, **sizes, force=True)) == 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def wrong_share(folder: Path, noise: float) -> float:
+    """Share of the sums whose result is wrong; working and box must agree."""
+    build_digits(
+        folder,
+        num_train=1,
+        num_heldout=1,
+        num_demonstrations=1000,
+        sft_mix={"sum2": 1},
+        sft_noise=noise,
+    )
+    num_wrong = 0
+    for conversation in pq.read_table(folder / "sft.parquet")["conversations"].to_pylist():
+        numbers = [int(number) for number in re.findall(r"\d+", conversation[1]["value"])]
+        assert numbers[2] == numbers[3]
+        num_wrong += numbers[0] + numbers[1] != numbers[2]
+    return num_wrong / 1000
+
+
+def test_sft_noise_is_the_share_of_wrong_results(tmp_path: Path) -> None:
+    assert wrong_share(tmp_path, 0.0) == 0
+    assert wrong_share(tmp_path, 1.0) == 1
+    # Three standard deviations of a share of 1,000 draws at 0.4: 0.047.
+    assert wrong_share(tmp_path, 0.4) == pytest.approx(0.4, abs=0.047)
+
+
+def test_an_unknown_level_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cube2"):
+        build_digits(tmp_path, train_mix={"cube2": 1.0})
+
+
+# Images
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"GIF89a not supported", "not a readable"),
+        (huge_png(), "too large"),
+        (png(20_000, 1), "too narrow"),
+        (png(200, 200)[:-30], "broken"),
+    ],
+    ids=["empty", "gif", "huge", "narrow", "truncated"],
+)
+def test_bad_images_are_refused_with_the_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode_image(data)
+
+
+def test_a_truncated_jpeg_is_refused() -> None:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, format="JPEG")
+    assert decode_image(buffer.getvalue()).size == (64, 64)
+    with pytest.raises(ValueError, match="broken"):
+        decode_image(buffer.getvalue()[:-800])
+
+
+def test_transparent_is_white_and_16_bit_grey_keeps_its_brightness() -> None:
+    assert decode_image(png(mode="RGBA", color=(255, 0, 0, 0))).getpixel((0, 0)) == (255,) * 3
+    assert decode_image(png(mode="RGBA", color=(9, 8, 7, 255))).getpixel((0, 0)) == (9, 8, 7)
+    assert decode_image(png(mode="I;16", color=0x80FF)).getpixel((0, 0)) == (0x80,) * 3
+
+
+# Positions
+
+
+@pytest.mark.parametrize("sizes", [[], [(84, 28)], [(84, 28), (56, 112)]])
+def test_positions_equal_hugging_face(
+    model: Any, processor: PromptProcessor, sizes: list[tuple[int, int]]
+) -> None:
+    question = "Sum?" + "".join("<image>Sum of squares?" for _ in sizes)
+    prompt = processor.prompt("a", question, [png(*size) for size in sizes])
+    expected = hf_positions(model, prompt.token_ids, prompt.image_grid_thw)
+    assert torch.equal(prompt.position_ids, expected)
+
+
+def test_positions_refuse_placeholders_that_do_not_match_the_images() -> None:
+    with pytest.raises(ValueError, match="2 image tokens, but the images need 1"):
+        mrope_positions(torch.tensor([1, 5, 5]), torch.tensor([[1, 2, 2]]), 5, 2)
+
+
+# Data sets
+
+
+def prompt_row(row_id: str, **changes: Any) -> dict[str, Any]:
+    row = {
+        "id": row_id,
+        "category": "sum2",
+        "problem": "<image>Sum?",
+        "answer": "8",
+        "images": [{"bytes": png(56), "path": None}],
+    }
+    return row | changes
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    return path
+
+
+BAD_ROWS = {
+    "no answer": ({"answer": " "}, "empty answer"),
+    "null answer": ({"answer": None}, "empty answer"),
+    "tag without image": ({"images": []}, "1 <image> tags for 0 images"),
+    "image without tag": ({"problem": "Sum?"}, "0 <image> tags for 1 images"),
+    "broken image": ({"images": [{"bytes": png(56)[:40], "path": None}]}, "not a readable|broken"),
+    "empty image": ({"images": [{"bytes": b"", "path": None}]}, "empty"),
+    "no image data": ({"images": [{"bytes": None, "path": None}]}, "neither bytes nor path"),
+    "path outside": ({"images": [{"bytes": None, "path": "../secret.png"}]}, "leads out"),
+    "link outside": ({"images": [{"bytes": None, "path": "link.png"}]}, "leads out"),
+    "missing file": ({"images": [{"bytes": None, "path": "no.png"}]}, "does not exist"),
+    "long prompt": ({"problem": "<image>" + "Sum?" * 40}, "exceeds max_prompt_tokens=64"),
+    "vision token in text": ({"problem": "<image><|image_pad|>Sum?"}, "2 image placeholders"),
+    "unknown text": ({"problem": "<image>Zebra?"}, "no token"),
+}
+
+
+def test_bad_rows_are_set_aside_with_their_reason(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.png").write_bytes(png(56))
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "data" / "fine.png").write_bytes(png(56))
+    rows = [prompt_row(name, **changes) for name, (changes, _) in BAD_ROWS.items()]
+    from_path = prompt_row("from path", images=[{"bytes": None, "path": "fine.png"}])
+    text_only = prompt_row("text only", problem="Sum?", images=[], category=None)
+    rows += [prompt_row("good"), prompt_row("good"), from_path, text_only]
+    path = write_rows(tmp_path / "data" / "rows.parquet", rows, PROMPT_SCHEMA)
+
+    prompts = PromptDataset(path, processor, max_prompt_tokens=64)
+
+    assert prompts.prompt_ids == ["good", "from path", "text only"]
+    assert prompts.categories == ["sum2", "sum2", ""]
+    assert prompts[2].pixel_values is None and prompts[2].image_grid_thw is None
+    reasons = {bad.row_id: bad.reason for bad in prompts.bad_rows}
+    assert len(prompts.bad_rows) == len(BAD_ROWS) + 1
+    assert reasons.pop("good") == "duplicate id"
+    for name, reason in reasons.items():
+        assert re.search(BAD_ROWS[name][1], reason), (name, reason)
+
+
+def test_wrong_columns_and_a_file_of_bad_rows_are_refused(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    table = pa.Table.from_pylist([prompt_row("a", answer="")], schema=PROMPT_SCHEMA)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    with pytest.raises(ValueError, match=r"no usable row \(1 x empty answer\)"):
+        PromptDataset(path, processor)
+    pq.write_table(table.drop_columns(["answer"]), path)
+    with pytest.raises(ValueError, match=r"rows.parquet has no column 'answer'"):
+        PromptDataset(path, processor)
+    pq.write_table(table.append_column("level", pa.array([1])), path)
+    with pytest.raises(ValueError, match="unknown column 'level'"):
+        PromptDataset(path, processor)
+    with pytest.raises(ValueError, match="does not exist"):
+        PromptDataset(tmp_path / "none.parquet", processor)
+
+
+def test_released_schema_without_id_and_category_is_read(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    table = pa.Table.from_pylist([prompt_row("a"), prompt_row("b")], schema=PROMPT_SCHEMA)
+    pq.write_table(table.drop_columns(["id", "category"]), tmp_path / "rows.parquet")
+    prompts = PromptDataset(tmp_path / "rows.parquet", processor)
+    assert prompts.prompt_ids == ["row-0", "row-1"] and prompts.categories == ["", ""]
+
+
+def test_the_length_checked_at_load_is_the_length_of_the_prompt(
+    processor: PromptProcessor,
+) -> None:
+    # 300 x 100 is resized by the image processor; 5,000 x 30 is beyond its limit of pixels.
+    for size in [(56, 28), (300, 100), (5000, 30), (20, 20)]:
+        data = png(*size)
+        counted = processor.count_tokens("<image>Sum?", [decode_image(data)])
+        assert counted == len(processor.prompt("a", "<image>Sum?", [data]).token_ids)
+
+
+def test_the_cache_keeps_prompts_within_its_bytes(
+    processor: PromptProcessor, digits_dir: Path
+) -> None:
+    prompts = PromptDataset(digits_dir / "heldout.parquet", processor, cache_bytes=300_000)
+    assert prompts[0] is prompts[0]
+    all_prompts = [prompts[i] for i in range(len(prompts))]
+    assert 0 < prompts._cached_bytes <= 300_000
+    assert prompts[len(prompts) - 1] is all_prompts[-1]
+    assert prompts[0] is not all_prompts[0]
+
+
+def test_demonstrations_end_the_turn_and_bad_ones_are_set_aside(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    def row(row_id: str, *turns: tuple[str, str]) -> dict[str, Any]:
+        conversations = [{"from": speaker, "value": value} for speaker, value in turns]
+        images = [{"bytes": png(56), "path": None}]
+        return {"id": row_id, "category": "", "conversations": conversations, "images": images}
+
+    human = ("human", "<image>Sum?")
+    rows = [
+        row("good", human, ("gpt", "<answer>8</answer>")),
+        row("silent", human, ("gpt", "")),
+        row("alone", human),
+        row("placeholder", human, ("gpt", "<|image_pad|>")),
+    ]
+    path = write_rows(tmp_path / "sft.parquet", rows, SFT_SCHEMA)
+    demonstrations = DemonstrationDataset(path, processor)
+    assert demonstrations.prompt_ids == ["good"]
+    assert [bad.row_id for bad in demonstrations.bad_rows] == ["silent", "alone", "placeholder"]
+    response = demonstrations[0].response_token_ids
+    assert response.dtype == torch.int64
+    assert processor.tokenizer.decode(response) == "<answer>8</answer><|im_end|>"
+
+
+def test_the_loader_draws_no_batch_ahead_and_leaves_the_global_generator_alone(
+    processor: PromptProcessor, digits_dir: Path
+) -> None:
+    prompts = PromptDataset(digits_dir / "heldout.parquet", processor)
+    drawn = []
+
+    def draws():
+        for batch in ([3, 1], [1, 3]):
+            drawn.append(batch)
+            yield batch
+
+    state = torch.get_rng_state()
+    loader = iter(build_loader(prompts, draws()))
+    first = next(loader)
+    assert drawn == [[3, 1]]
+    assert [prompt.prompt_id for prompt in first] == [prompts.prompt_ids[i] for i in (3, 1)]
+    assert next(loader)[1] is first[0]
+    assert torch.equal(torch.get_rng_state(), state)
