@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import dis
 import os
 import sys
 import time
@@ -70,7 +69,7 @@ def load_config[T](schema: type[T], group: str, argv: list[str]) -> T:
         if not missing:
             return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, schema, overrides)) from error
+        raise ValueError(_explain(error, schema)) from error
     raise ValueError(
         f"{', '.join(f'{key}=???' for key in missing)}: required and not set; "
         f"add {' '.join(f'{key}=VALUE' for key in missing)}"
@@ -85,8 +84,8 @@ def experiments(group: str) -> list[str]:
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point; a fault of the user's is one line on stderr and exit status 2.
 
-    Such a fault is a ValueError that our own code raises with `raise`. Everything else propagates
-    with its traceback, ValueErrors of libraries among it.
+    Such a fault is a ValueError that our own code raises. Everything else propagates with its
+    traceback, ValueErrors of libraries among it.
 
     Parallelism: only rank 0 (environment variable RANK) prints a fault that all ranks have. The
     others wait a moment before they exit: torchrun ends everybody at the first exit, and rank 0
@@ -113,8 +112,9 @@ def _compose(schema: type, config_name: str, overrides: list[str]) -> Any:
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
+    known_keys = list(_types(schema))
     for override in overrides:
-        _check_syntax(override)
+        _check_override(override, known_keys)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     store.store(name="main", node={"defaults": ["schema", f"{config_name}@_global_", "_self_"]})
@@ -122,11 +122,11 @@ def _compose(schema: type, config_name: str, overrides: list[str]) -> Any:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose("main", overrides=overrides)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(_explain(error, schema, overrides)) from error
+        raise ValueError(_explain(error, schema)) from error
 
 
-def _check_syntax(override: str) -> None:
-    """Leave of Hydra's grammar what is of use here: key=value with one value."""
+def _check_override(override: str, known_keys: list[str]) -> None:
+    """Leave of Hydra's grammar what is of use here: key=value with a known key and one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -135,6 +135,8 @@ def _check_syntax(override: str) -> None:
         raise ValueError(f"{override!r} is not of the form key=value; --help shows all keys")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ValueError(f"{override!r} has no effect: hydra only reads settings here; remove it")
+    if key not in known_keys:
+        raise ValueError(f"{override} is unknown; {_did_you_mean(key, known_keys)}")
     try:
         has_one_value = not OverridesParser.create().parse_override(override).is_sweep_override()
     except HydraException:
@@ -146,7 +148,7 @@ def _check_syntax(override: str) -> None:
         )
 
 
-def _explain(error: BaseException, schema: type, overrides: list[str]) -> str:
+def _explain(error: BaseException, schema: type) -> str:
     """Say what hydra, omegaconf or yaml found as key, value and remedy."""
     text = " ".join(str(error).split())
     where = f" (in {text.split(chr(39))[1]}.yaml)" if text.startswith("In '") else ""
@@ -158,8 +160,7 @@ def _explain(error: BaseException, schema: type, overrides: list[str]) -> str:
     key = str(cause.full_key)
     types = _types(schema)
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
-        given = next((o for o in overrides if o.startswith(f"{key}=")), key)
-        return f"{given} is unknown{where}; {_did_you_mean(key, list(types))}"
+        return f"{key} is unknown{where}; {_did_you_mean(key, list(types))}"
     if isinstance(cause, ValidationError):
         expected = types.get(key, "another type")
         if expected == "section":
@@ -167,9 +168,8 @@ def _explain(error: BaseException, schema: type, overrides: list[str]) -> str:
             return f"{key}={cause.value!r} is a section{where}; set its keys, as in {inner}=VALUE"
         value = "null" if cause.value is None else repr(cause.value)
         return f"{key}={value} is of the wrong type{where}; give a value of type {expected}"
-    return (
-        f"{key} cannot be resolved{where}: {' '.join(str(cause.msg).split())}; give a plain value"
-    )
+    reason = str(cause.msg).splitlines()[0]
+    return f"{key} cannot be resolved{where}: {reason}; give a plain value"
 
 
 def _did_you_mean(key: str, names: list[str]) -> str:
@@ -209,19 +209,13 @@ def _help(known: list[str], config: Any) -> str:
 
 
 def _is_raised_by_us(traceback: TracebackType | None) -> bool:
-    """Whether a `raise` statement of this package or of the main script raised it.
-
-    A ValueError out of C code called by ours, as by `zip(strict=True)` or a numpy function, has
-    our frame as its last as well, but another instruction there: a bug, which keeps its traceback.
-    """
+    """Whether the innermost frame of the traceback is in this package or in the main script."""
     if traceback is None:
         return False
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    frame = traceback.tb_frame
-    module = frame.f_globals.get("__name__", "")
-    is_ours = module == "__main__" or module.partition(".")[0] == __name__.partition(".")[0]
-    return is_ours and frame.f_code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    module = traceback.tb_frame.f_globals.get("__name__", "")
+    return module == "__main__" or module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _rank() -> int:

@@ -1,16 +1,19 @@
 """The one seam between a CPU with gloo and CUDA with nccl.
 
-Megatron-Core names CUDA in many places (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`). On a
-machine without a GPU, `seam()` points these at the CPU while Megatron code runs, and puts everything back on
-leaving, so that nothing else in the process (vLLM, Hugging Face) ever sees it. With a GPU the seam does nothing.
+Megatron-Core names CUDA in many places (`torch.cuda.current_device()`, `device="cuda"`, `.cuda()`).
+On a machine without a GPU, `seam()` points these at the CPU while Megatron code runs, and puts
+everything back on leaving, so that nothing else in the process (vLLM, Hugging Face) ever sees it.
+With a GPU the seam does nothing.
 
-Imports neither megatron nor vllm. The one Megatron function that the seam can't reach from outside is mended
-in backend/patches.py.
+Imports neither megatron nor vllm. The one Megatron function that the seam can't reach from outside
+is mended in backend/patches.py.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,17 +40,31 @@ def collective_backend() -> str:
 
 
 def prepare_process() -> None:
-    """Set what must be set before megatron.core or vLLM are imported. Call it first in every entry point.
+    """Set what must be set before megatron.core or vLLM are imported.
 
-    One torch thread a process (tiny models, many processes); on a CPU also no torch.compile, which
+    Call it first in every entry point. One torch thread a process (tiny models, many processes); on a CPU also no torch.compile, which
     Megatron-Core would otherwise ask for at import.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quieten_libraries()
     if not has_gpu():
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' start-up notices (no Apex, no Triton on a CPU, deprecations) off the screen.
+
+    Errors still show. `VLLM_LOGGING_LEVEL=INFO` brings vLLM's log back.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    for library in ("megatron", "vllm", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")
+    for logger in ("megatron.core", "torch.utils.cpp_extension", "vllm"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _is_cuda(value: Any) -> bool:

@@ -1,7 +1,8 @@
-"""Score a Hugging Face folder on a benchmark: `python -m megatron_mmr1.evaluate benchmark=digits model=DIR`.
+"""Score a Hugging Face folder on a benchmark:
+`python -m megatron_mmr1.evaluate benchmark=digits model=DIR`.
 
-Greedy at rollout.temperature=0, otherwise sampled. One process; prints accuracy by category, and writes every
-response with its verdict when `output=FILE.jsonl` is given.
+Greedy at rollout.temperature=0, otherwise sampled. One process; prints accuracy by category, and
+writes every response with its verdict when `output=FILE.jsonl` is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The supervised cold start: `python -m megatron_mmr1.sft [experiment=NAME] [key=value ...]`; torchrun likewise."""
+"""The supervised cold start: `python -m megatron_mmr1.sft [experiment=NAME] [key=value ...]`;
+torchrun likewise.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""GRPO with Variance-Aware Sampling: `python -m megatron_mmr1.train [experiment=NAME] [key=value ...]`.
+"""GRPO with Variance-Aware Sampling:
+`python -m megatron_mmr1.train [experiment=NAME] [key=value ...]`.
 
-Alone or under torchrun (data parallel). All that can be checked is checked before a process group or an engine
-starts. Heavy imports come after the checks.
+Alone or under torchrun (data parallel). All that can be checked is checked before a process group
+or an engine starts. Heavy imports come after the checks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The values that flow through one training step. Small, frozen, and free of behaviour.
 
-Letters used in names: P prompts, G responses a prompt, N = P*G sequences, S sequence length in tokens,
-V vocabulary, I images. Group membership is the `prompt_id`, never a row position.
+Letters used in names: P prompts, G responses a prompt, N = P*G sequences, S sequence length in
+tokens, V vocabulary, I images. Group membership is the `prompt_id`, never a row position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Outcome = Literal["correct", "wrong", "could_not_judge"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The canonical multimodal record: the result of ONE processor call, fed to rollout and training alike.
+    """The canonical multimodal record: the result of ONE processor call,
+    fed to rollout and training alike.
 
     Attributes:
         prompt_id: unique in its data set; the GRPO group's name.
@@ -46,7 +47,8 @@ class Demonstration:
     """A prompt and the response to imitate (cold start).
 
     Attributes:
-        response_token_ids: int64 [R], ending in the end-of-turn token; the loss covers exactly these.
+        response_token_ids: int64 [R], ending in the end-of-turn token; the loss covers exactly
+            these.
     """
 
     prompt: Prompt
@@ -59,8 +61,10 @@ class Rollout:
 
     Attributes:
         sample_index: 0..G-1 inside the group.
-        token_ids: the sampled tokens, the end-of-turn token included when `finish_reason` is "stop".
-        rollout_logprobs: the engine's log-probability (nats, after temperature and bans) of each token.
+        token_ids: the sampled tokens, the end-of-turn token included when `finish_reason` is
+            "stop".
+        rollout_logprobs: the engine's log-probability (nats, after temperature and bans) of each
+            token.
         finish_reason: "stop", or "length" when cut at the limit.
         text: decoded `token_ids` without special tokens.
     """
@@ -98,8 +102,8 @@ class ScoredRollout:
     """A verdict, the format check, and the scalar reward made of the two.
 
     Attributes:
-        reward: format_weight * is_well_formed + accuracy_weight * (outcome == "correct").
-            NaN when the verdict is could_not_judge: such a response has no reward, leaves its group's
+        reward: format_weight * is_well_formed + accuracy_weight * (outcome == "correct"). NaN when
+            the verdict is could_not_judge: such a response has no reward, leaves its group's
             statistics and carries no loss.
     """
 
@@ -118,7 +122,8 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class PromptStats:
-    """What one training group taught about its prompt; plain numbers, so that ranks can exchange them.
+    """What one training group taught about its prompt; plain numbers,
+    so that ranks can exchange them.
 
     Attributes:
         num_correct, num_judged: verdict counts (could_not_judge is in neither).
@@ -136,15 +141,18 @@ class MicroBatch:
     """Right-padded sequences for one forward and backward pass. R is the response part of S.
 
     Attributes:
-        token_ids_NS: int64; padding is 0 and lies to the right, so that causal attention never sees it.
+        token_ids_NS: int64; padding is 0 and lies to the right, so that causal attention never sees
+            it.
         position_ids_3NS: int64 multimodal rotary positions.
-        pixel_values, image_grid_thw: of the batch's distinct prompts, each encoded once; None without images.
-        visual_index: int64 [number of image tokens in token_ids_NS, row by row]: which visual feature of
-            the encoded prompts each one takes.
-        response_mask_NS: bool; True where the token at that position was sampled (or is to be imitated).
-        advantages_N, rollout_logprobs_NS, token_weights_NS: float32. A token's weight is its share of the
-            loss, so that the loss of a step is the plain sum of weight * token loss over micro-batches and
-            ranks, whatever the split (see algorithms.grpo_loss.token_weights).
+        pixel_values, image_grid_thw: of the batch's distinct prompts, each encoded once; None
+            without images.
+        visual_index: int64 [number of image tokens in token_ids_NS, row by row]: which visual
+            feature of the encoded prompts each one takes.
+        response_mask_NS: bool; True where the token at that position was sampled (or is to be
+            imitated).
+        advantages_N, rollout_logprobs_NS, token_weights_NS: float32. A token's weight is its share
+            of the loss, so that the loss of a step is the plain sum of weight * token loss over
+            micro-batches and ranks, whatever the split (see algorithms.grpo_loss.token_weights).
         old_logprobs_NS, ref_logprobs_NS: float32, or None where the step doesn't need them.
     """
 

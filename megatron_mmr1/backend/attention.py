@@ -3,7 +3,8 @@
 Megatron's own DotProductAttention materialises the scores; this one hands them to torch's fused
 scaled_dot_product_attention. It is where packed sequences and context parallelism will come in.
 
-S sequence length, B sequences, H query heads, K key/value heads (both of this tensor-parallel rank), E head size.
+S sequence length, B sequences, H query heads, K key/value heads (both of this tensor-parallel
+rank), E head size.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class CausalAttention(MegatronModule):
 
 
 def layer_spec() -> ModuleSpec:
-    """Return the transformer layer: Megatron's local modules with RMSNorm and our core attention."""
+    """Return the transformer layer: Megatron's local modules with RMSNorm
+    and our core attention.
+    """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    layer: Any = spec.submodules
+    layer.self_attention.submodules.core_attention = CausalAttention
     return spec

@@ -1,7 +1,8 @@
 """From prompts and responses to right-padded micro-batches.
 
-A prompt's images are encoded once a micro-batch, however many of its responses are in it. A step's losses carry
-one global denominator, counted here over the whole optimizer step before it is cut into micro-batches.
+A prompt's images are encoded once a micro-batch, however many of its responses are in it. A step's
+losses carry one global denominator, counted here over the whole optimizer step before it is cut
+into micro-batches.
 
 N sequences, S sequence length (longest of the micro-batch).
 """
@@ -29,7 +30,8 @@ class Sample:
     Attributes:
         response_token_ids: int64 [R].
         rollout_logprobs: float32 [R]; zeros for a demonstration.
-        is_kept: False for a response that could not be judged: it carries no loss and counts in no denominator.
+        is_kept: False for a response that could not be judged: it carries no loss and counts in no
+            denominator.
     """
 
     prompt: Prompt
@@ -48,7 +50,9 @@ class ImageTokens:
 
 
 def samples_of_groups(groups: Sequence[ScoredGroup]) -> list[Sample]:
-    """Turn scored groups into samples, advantages included (group-normalised: algorithms.advantages)."""
+    """Turn scored groups into samples, advantages included
+    (group-normalised: algorithms.advantages).
+    """
     rewards_PG = torch.tensor([[score.reward for score in g.scores] for g in groups])
     advantages_PG = group_advantages(rewards_PG)
     return [
@@ -84,8 +88,9 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Cut one optimizer step's samples (of this rank) into micro-batches.
 
-    Token weights are made with the step's token and sequence counts over all data-parallel ranks, so that the
-    step's loss does not change with `micro_batch_size` or with the number of ranks. One all-reduce.
+    Token weights are made with the step's token and sequence counts over all data-parallel ranks,
+    so that the step's loss does not change with `micro_batch_size` or with the number of ranks. One
+    all-reduce.
     """
     kept = [s for s in samples if s.is_kept and len(s.response_token_ids)]
     counts = parallel.sum_over_dp(
@@ -157,8 +162,8 @@ def _images(
             made = int(prompt.image_grid_thw.prod(-1).sum()) // images.spatial_merge_size**2
             if made != count:
                 raise ValueError(
-                    f"prompt {prompt.prompt_id!r} has {count} image tokens, but its images make {made} "
-                    "features; process text and images with the model's own processor"
+                    f"prompt {prompt.prompt_id!r} has {count} image tokens, but its images make "
+                    f"{made} features; process text and images with the model's own processor"
                 )
             first_feature[prompt.prompt_id] = num_features
             num_features += made

@@ -1,12 +1,14 @@
 """Checkpoints: `checkpoints/step_N/`, written beside, renamed when complete, never half there.
 
-    step_N/megatron/       weights, optimizer, schedule: Megatron's dist_checkpointing (global tensors, any layout)
-    step_N/trainer.pt      what the trainer adds (sampler, best accuracy, versions): plain values and tensors
+    step_N/megatron/       weights, optimizer, schedule: Megatron's dist_checkpointing (global
+                           tensors, any layout)
+    step_N/trainer.pt      what the trainer adds (sampler, best accuracy, versions): plain values
+                           and tensors
     step_N/rng_RANK.pt     the rank's torch generator state
     step_N/config.yaml     the resolved configuration, copied from the run folder
 
-Security: every file is read with weights_only; Megatron's `.metadata`, which is a pickle, only after an
-unpickler that knows an allow-list of harmless classes has gone through it.
+Security: every file is read with weights_only; Megatron's `.metadata`, which is a pickle, only
+after an unpickler that knows an allow-list of harmless classes has gone through it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ _BEST = "best.txt"
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: save, find, load, and prune all but the last K and the best."""
+    """The checkpoints of one run folder: save, find, load,
+    and prune all but the last K and the best.
+    """
 
     def __init__(self, run_dir: Path, keep_last: int) -> None:
         self._run_dir = run_dir
@@ -36,7 +40,10 @@ class Checkpoints:
         self._keep_last = keep_last
 
     def newest(self) -> int | None:
-        """Return the newest complete checkpoint's step, or None. A half-written folder has another name."""
+        """Return the newest complete checkpoint's step, or None.
+
+        A half-written folder has another name.
+        """
         return max(self._steps(), default=None)
 
     def save(
@@ -85,7 +92,7 @@ class Checkpoints:
                 "model": weights,
                 "optimizer": policy.optimizer.sharded_state_dict(weights, is_loading=True),
             }
-            state = dist_checkpointing.load(wanted, str(folder / "megatron"))
+            state: Any = dist_checkpointing.load(wanted, str(folder / "megatron"))
             policy.module.load_state_dict(state["model"])
             policy.optimizer.load_state_dict(state["optimizer"])
             policy.schedule.load_state_dict(state["schedule"])
@@ -109,7 +116,8 @@ def check_metadata(path: Path) -> None:
     """Refuse a `.metadata` file that names anything but the classes which torch writes there.
 
     Raises:
-        ValueError: another class or function is named (unpickling it could run code), or it's no pickle.
+        ValueError: another class or function is named (unpickling it could run code), or it's no
+            pickle.
     """
     try:
         with path.open("rb") as file:

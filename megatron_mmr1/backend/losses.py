@@ -1,6 +1,8 @@
-"""What the policy's train step is asked to minimise: the maths of algorithms/ applied to a micro-batch's logits.
+"""What the policy's train step is asked to minimise:
+the maths of algorithms/ applied to a micro-batch's logits.
 
-N sequences, S sequence length, R response tokens (the True entries of response_mask_NS, row by row), V vocabulary.
+N sequences, S sequence length, R response tokens (the True entries of response_mask_NS, row by
+row), V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class SoftmaxRule:
 def response_logprobs(
     logits_RV: Tensor, batch: MicroBatch, rule: SoftmaxRule
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and entropies (nats, fp32, [N, S]) of the response tokens; 0 elsewhere."""
+    """Return log-probabilities and entropies (nats, fp32, [N, S]) of the response tokens;
+    0 elsewhere.
+    """
     tokens_R = batch.token_ids_NS[batch.response_mask_NS]
     logprobs_R, entropy_R = selective_logprobs(
         logits_RV, tokens_R, rule.temperature, rule.banned_token_ids
@@ -60,9 +64,9 @@ def response_logprobs(
 def grpo(config: AlgorithmConfig, rule: SoftmaxRule) -> LossFunction:
     """Return the GRPO loss of a micro-batch.
 
-    Without `old_logprobs` the current log-probs, detached, stand for them: they are equal when one optimizer
-    step consumes the batch, and a second pass would be wasted. `logprob_diff` compares the engine's log-probs
-    with these, so both come from the same weights.
+    Without `old_logprobs` the current log-probs, detached, stand for them: they are equal when one
+    optimizer step consumes the batch, and a second pass would be wasted. `logprob_diff` compares
+    the engine's log-probs with these, so both come from the same weights.
     """
 
     def loss(logits_RV: Tensor, batch: MicroBatch) -> LossResult:
@@ -109,7 +113,9 @@ def supervised(rule: SoftmaxRule) -> LossFunction:
 
 
 def total(results: Sequence[LossResult]) -> LossResult:
-    """Add up this rank's micro-batches (the losses themselves are dropped: their graphs are gone)."""
+    """Add up this rank's micro-batches
+    (the losses themselves are dropped: their graphs are gone).
+    """
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}
     for result in results:
@@ -121,7 +127,8 @@ def total(results: Sequence[LossResult]) -> LossResult:
 
 
 def mean_of_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Combine a batch's optimizer steps: counts and sums add up, maxima stay, everything else is averaged.
+    """Combine a batch's optimizer steps: counts and sums add up, maxima stay,
+    everything else is averaged.
 
     `logprob_diff/sum` over `tokens/response` becomes `logprob_diff/mean`.
     """

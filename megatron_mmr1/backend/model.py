@@ -1,4 +1,5 @@
-"""Qwen2.5-VL on Megatron-Core: Hugging Face's vision tower in front of a GPTModel with multimodal rotary positions.
+"""Qwen2.5-VL on Megatron-Core: Hugging Face's vision tower in front of a GPTModel
+with multimodal rotary positions.
 
 Every Megatron configuration object is made here, from the Hugging Face configuration and ours.
 
@@ -31,10 +32,11 @@ def transformer_config(
 ) -> TransformerConfig:
     """Build Megatron's TransformerConfig; sets only what we use.
 
-    `calculate_per_token_loss` keeps Megatron from dividing by the number of micro-batches and from averaging
-    over ranks: our losses carry their own global denominator, so that gradients are plain sums.
+    `calculate_per_token_loss` keeps Megatron from dividing by the number of micro-batches and from
+    averaging over ranks: our losses carry their own global denominator, so that gradients are plain
+    sums.
     """
-    text = hf_config.text_config
+    text: Any = hf_config.text_config
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -77,7 +79,8 @@ class Qwen25VL(MegatronModule):
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         self.image_token_id: int = hf_config.image_token_id
-        vision_config = hf_config.vision_config
+        text_config: Any = hf_config.text_config
+        vision_config: Any = hf_config.vision_config
         vision_config._attn_implementation = "sdpa"
         self.vision = Qwen2_5_VisionTransformerPretrainedModel(vision_config).to(
             config.params_dtype
@@ -85,10 +88,10 @@ class Qwen25VL(MegatronModule):
         self.language = GPTModel(
             config=config,
             transformer_layer_spec=layer_spec(),
-            vocab_size=hf_config.text_config.vocab_size,
-            max_sequence_length=hf_config.text_config.max_position_embeddings,
+            vocab_size=text_config.vocab_size,
+            max_sequence_length=text_config.max_position_embeddings,
             position_embedding_type="mrope",
-            rotary_base=hf_config.text_config.rope_parameters["rope_theta"],
+            rotary_base=text_config.rope_parameters["rope_theta"],
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
             scatter_embedding_sequence_parallel=False,
         )
@@ -102,8 +105,8 @@ class Qwen25VL(MegatronModule):
         """Return the logits that predict the response tokens.
 
         Returns:
-            [R, V] in the parameters' dtype, for the True entries of `batch.response_mask_NS` row by row. Only
-            these rows go through the output layer.
+            [R, V] in the parameters' dtype, for the True entries of `batch.response_mask_NS` row by
+            row. Only these rows go through the output layer.
         """
         embeddings_SND = self.language.embedding(
             input_ids=batch.token_ids_NS, position_ids=batch.position_ids_3NS[0]
@@ -120,6 +123,7 @@ class Qwen25VL(MegatronModule):
         )
 
     def _insert_images(self, embeddings_SND: Tensor, batch: MicroBatch) -> Tensor:
+        assert batch.pixel_values is not None
         features = self.vision(
             batch.pixel_values.to(self.config.params_dtype), grid_thw=batch.image_grid_thw
         ).pooler_output

@@ -16,8 +16,8 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build AdamW over the trainable parameters and its schedule over `num_steps` optimizer steps.
 
-    Weight decay leaves out biases and norm weights, as Megatron does by default. In bfloat16 the optimizer
-    keeps fp32 master weights.
+    Weight decay leaves out biases and norm weights, as Megatron does by default. In bfloat16 the
+    optimizer keeps fp32 master weights.
     """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(

@@ -1,4 +1,6 @@
-"""Process groups: torch.distributed and Megatron-Core's parallel state, and the few collectives that rooms share."""
+"""Process groups: torch.distributed and Megatron-Core's parallel state,
+and the few collectives that rooms share.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from megatron_mmr1.config.schema import ParallelConfig
 
 
 def initialize(config: ParallelConfig, seed: int) -> None:
-    """Join the process group that torchrun describes (or a group of one) and lay Megatron's groups over it.
+    """Join the process group that torchrun describes (or a group of one)
+    and lay Megatron's groups over it.
 
     Raises:
         ValueError: a single process finds its MASTER_PORT taken.
@@ -62,7 +65,9 @@ def is_main() -> bool:
 
 
 def sum_over_dp(values: dict[str, float]) -> dict[str, float]:
-    """Add each value over data-parallel ranks (float64, one all-reduce); keys must be the same everywhere."""
+    """Add each value over data-parallel ranks (float64, one all-reduce);
+    keys must be the same everywhere.
+    """
     names = sorted(values)
     totals = torch.tensor(
         [values[name] for name in names], dtype=torch.float64, device=device.device()
@@ -79,7 +84,9 @@ def max_over_dp(value: float) -> float:
 
 
 def gather_over_dp(items: list[Any]) -> list[Any]:
-    """Concatenate each data-parallel rank's plain values (numbers, strings, tuples) in rank order."""
+    """Concatenate each data-parallel rank's plain values
+    (numbers, strings, tuples) in rank order.
+    """
     shares: list[list[Any] | None] = [None] * dp_size()
     dist.all_gather_object(shares, items, group=parallel_state.get_data_parallel_group())
     return [item for share in shares if share is not None for item in share]

@@ -1,4 +1,5 @@
-"""Mends of Megatron-Core 0.19.2 that a CPU run needs and that `device.seam` can't make from outside.
+"""Mends of Megatron-Core 0.19.2 that a CPU run needs
+and that `device.seam` can't make from outside.
 
 Each is named, applied once by `parallel.initialize`, and does nothing where there is a GPU.
 """
@@ -14,8 +15,8 @@ from megatron_mmr1 import device
 def rng_tracker_uses_cpu_generator() -> None:
     """Make the RNG tracker save and restore the CPU generator.
 
-    Its two functions go through torch.cuda's lazy initialisation: without a GPU the state would be queued
-    for a device that never comes, and dropout or initialisation would not be forked at all.
+    Its two functions go through torch.cuda's lazy initialisation: without a GPU the state would be
+    queued for a device that never comes, and dropout or initialisation would not be forked at all.
     """
     if device.has_gpu():
         return

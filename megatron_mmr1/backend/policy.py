@@ -1,9 +1,11 @@
-"""The policy: a Megatron model that computes log-probs, takes training steps, and exports its weights.
+"""The policy: a Megatron model that computes log-probs, takes training steps,
+and exports its weights.
 
-Owns the model, the optimizer and the reference weights. Knows no engine, no sampler and no files but the
-Hugging Face folder that it starts from. Every Megatron call happens inside `device.seam()`.
+Owns the model, the optimizer and the reference weights. Knows no engine, no sampler and no files
+but the Hugging Face folder that it starts from. Every Megatron call happens inside `device.seam()`.
 
-Parallelism: data parallel. One all-reduce of the gradient buffer a step (a plain sum: see backend.model).
+Parallelism: data parallel. One all-reduce of the gradient buffer a step (a plain sum: see
+backend.model).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -29,7 +32,7 @@ from megatron_mmr1.backend.optimizer import build_optimizer
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.convert import FAMILIES, AttentionShape, megatron_to_hf, required_hf_names
 from megatron_mmr1.convert.hf_files import HfWeights
-from megatron_mmr1.convert.rules import merge
+from megatron_mmr1.convert.rules import merge, split
 from megatron_mmr1.types import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,7 +57,7 @@ class MegatronPolicy:
         num_steps: int,
         keep_reference: bool = False,
     ) -> None:
-        hf_config = AutoConfig.from_pretrained(model.path, local_files_only=True)
+        hf_config: Any = AutoConfig.from_pretrained(model.path, local_files_only=True)
         if hf_config.model_type not in FAMILIES:
             raise ValueError(
                 f"model.path={model.path!r} is a {hf_config.model_type!r} model; "
@@ -107,8 +110,8 @@ class MegatronPolicy:
         """Take one optimizer step on the sum of the micro-batches' losses over all ranks.
 
         Returns:
-            The loss function's metrics (summed, or the largest, over micro-batches and ranks), `grad_norm`
-            before clipping, and `lr`.
+            The loss function's metrics (summed, or the largest, over micro-batches and ranks),
+            `grad_norm` before clipping, and `lr`.
         """
         results: list[losses.LossResult] = []
 
@@ -150,13 +153,16 @@ class MegatronPolicy:
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 rule, hf_names = required_hf_names(self._rules, name)
-                merged = merge(rule.kind, [weights[n] for n in hf_names], self._shape)
-                if merged.shape != parameter.shape:
-                    raise ValueError(
-                        f"{folder}: {', '.join(hf_names)} make a tensor of shape {tuple(merged.shape)}, "
-                        f"but config.json describes {tuple(parameter.shape)} for {name}"
-                    )
-                parameter.copy_(merged)
+                tensors = [weights[n] for n in hf_names]
+                for hf_name, tensor, ours in zip(
+                    hf_names, tensors, split(rule.kind, parameter, self._shape), strict=True
+                ):
+                    if tensor.shape != ours.shape:
+                        raise ValueError(
+                            f"{folder}: {hf_name} is of shape {tuple(tensor.shape)}, but config.json "
+                            f"describes {tuple(ours.shape)}"
+                        )
+                parameter.copy_(merge(rule.kind, tensors, self._shape))
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -175,7 +181,7 @@ class MegatronPolicy:
 
 
 def _sum_gradients_over_ranks(
-    model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: object
+    model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
 ) -> None:
     """Reduce gradients as plain sums: the losses already carry the one global denominator."""
     finalize_model_grads(model, None, **kwargs)

@@ -174,6 +174,7 @@ class EvaluateConfig:
 
     benchmark: str = "digits"
     model: str = MISSING
+    dtype: str = "float32"  # float32 | bfloat16
     data: str = MISSING
     output: str | None = None
     seed: int = 0

@@ -25,6 +25,7 @@ from megatron_mmr1.config.schema import (
     SftConfig,
 )
 
+_DTYPES = ("float32", "bfloat16")
 _MODULE_REMEDIES = {
     "megatron.core": "run `make setup` (or `pip install megatron-core`)",
     "psutil": (
@@ -74,7 +75,8 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     check_data_file("data.train", config.data.train)
     check_data_file("data.heldout", config.data.heldout)
     check_model_folder(config.model.path)
-    for module in ("megatron.core", "psutil", "vllm"):
+    engine = () if config.replay is not None else ("vllm",)
+    for module in ("megatron.core", "psutil", *engine):
         check_module(module)
 
 
@@ -108,22 +110,19 @@ def validate_sft(config: SftConfig, world_size: int) -> None:
 
 
 def validate_evaluate(config: EvaluateConfig) -> None:
-    """Refuse an evaluation that cannot work; unlike training it may be greedy or use top-p.
+    """Refuse an evaluation that cannot work; unlike training it may be greedy.
 
     Raises:
         ValueError: names the key, its value and a remedy.
     """
     _choice("benchmark", config.benchmark, ("digits",))
+    _choice("dtype", config.dtype, _DTYPES)
     _at_least("seed", config.seed, 0)
     _at_least("samples_per_prompt", config.samples_per_prompt, 1)
     _at_least("rollout.temperature", config.rollout.temperature, 0)
-    _require(
-        0 < config.rollout.top_p <= 1,
-        "rollout.top_p",
-        config.rollout.top_p,
-        "is no probability; use a number above 0, at most 1",
-    )
-    _at_least("rollout.top_k", config.rollout.top_k, 0)
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        value = getattr(config.rollout, key)
+        _require(value == off, f"rollout.{key}", value, f"is not available yet; use {off}")
     _check_rollout(config.rollout)
     _check_reward(config.reward)
     check_data_file("data", config.data)
@@ -166,7 +165,7 @@ def _check_run(seed: int, num_steps: int, micro_batch_size: int) -> None:
 
 
 def _check_model(config: ModelConfig) -> None:
-    _choice("model.dtype", config.dtype, ("float32", "bfloat16"))
+    _choice("model.dtype", config.dtype, _DTYPES)
 
 
 def _check_parallel(config: ParallelConfig) -> None:

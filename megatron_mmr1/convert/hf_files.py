@@ -1,4 +1,5 @@
-"""Hugging Face model folders: reading safetensors (single or sharded) and writing a complete folder.
+"""Hugging Face model folders: reading safetensors (single or sharded)
+and writing a complete folder.
 
 Only safetensors are read; pickled weights are refused.
 """
@@ -60,7 +61,8 @@ class HfWeights:
 def write_hf_folder(
     folder: str | Path, named_tensors: Iterable[tuple[str, Tensor]], template: str | Path
 ) -> None:
-    """Write `named_tensors` as a model folder with the template's config, tokenizer and processor files.
+    """Write `named_tensors` as a model folder with the template's config,
+    tokenizer and processor files.
 
     The folder appears under its name only when it is complete.
     """

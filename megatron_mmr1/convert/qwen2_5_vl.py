@@ -1,4 +1,6 @@
-"""Qwen2.5-VL (3B, 7B, 32B, 72B): Megatron parameter names -> the names in the model's safetensors files."""
+"""Qwen2.5-VL (3B, 7B, 32B, 72B):
+Megatron parameter names -> the names in the model's safetensors files.
+"""
 
 from megatron_mmr1.convert.rules import Rule
 

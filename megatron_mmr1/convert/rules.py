@@ -1,7 +1,9 @@
-"""The vocabulary of a conversion table: how one Megatron parameter is made of Hugging Face tensors, and back.
+"""The vocabulary of a conversion table: how one Megatron parameter is
+made of Hugging Face tensors, and back.
 
-A rule is pure data; merging and splitting are pure functions on whole (unsharded) tensors, so they need no
-process group and no Megatron. A family's table is a tuple of rules; the first pattern that matches wins.
+A rule is pure data; merging and splitting are pure functions on whole (unsharded) tensors, so they
+need no process group and no Megatron. A family's table is a tuple of rules; the first pattern that
+matches wins.
 
 H query heads, K key/value heads, E head size, D hidden.
 """
@@ -33,9 +35,11 @@ class Rule:
     """One Megatron parameter pattern and the Hugging Face names that it is made of.
 
     Attributes:
-        megatron: name with `*` for a layer number (one at most) or, at the end, `**` for any suffix.
-        kind: the layout. replicated, column, row and vocab hold one tensor as it is and say which dim tensor
-            parallelism cuts (none, 0, 1, 0); qkv interleaves q, k and v by key/value head; gated stacks gate over up.
+        megatron: name with `*` for a layer number (one at most) or, at the end, `**` for any
+            suffix.
+        kind: the layout. replicated, column, row and vocab hold one tensor as it is and say which
+            dim tensor parallelism cuts (none, 0, 1, 0); qkv interleaves q, k and v by key/value
+            head; gated stacks gate over up.
         hf: names in the order that the kind expects, with the same `*` or `**`.
     """
 
@@ -54,16 +58,19 @@ def required_hf_names(rules: Sequence[Rule], megatron_name: str) -> tuple[Rule, 
         match = re.fullmatch(_as_regex(rule.megatron), megatron_name)
         if match:
             wildcard = match.group(1) if match.groups() else ""
-            return rule, tuple(re.sub(r"\*+", lambda _: wildcard, name) for name in rule.hf)
+            return rule, tuple(wildcard.join(re.split(r"\*+", name)) for name in rule.hf)
     raise ValueError(
-        f"no conversion rule for the Megatron parameter {megatron_name!r}; add one to the family's table"
+        f"no conversion rule for the Megatron parameter {megatron_name!r}; "
+        "add one to the family's table"
     )
 
 
 def megatron_to_hf(
     rules: Sequence[Rule], named_parameters: Iterable[tuple[str, Tensor]], shape: AttentionShape
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) for whole Megatron parameters; views where the layout allows."""
+    """Yield (Hugging Face name, tensor) for whole Megatron parameters;
+    views where the layout allows.
+    """
     for name, parameter in named_parameters:
         rule, hf_names = required_hf_names(rules, name)
         yield from zip(hf_names, split(rule.kind, parameter, shape), strict=True)

@@ -60,6 +60,7 @@ def _join(separator: str, digits: list[int], suffix: str = "") -> str:
 OPERATIONS = {
     "read": Operation("Read the digits.", lambda d: _join(",", d), lambda d: _join("", d)),
     "max": Operation("Largest digit?", lambda d: f"max({_join(',', d)})=", lambda d: str(max(d))),
+    "min": Operation("Smallest digit?", lambda d: f"min({_join(',', d)})=", lambda d: str(min(d))),
     "sum": Operation("Sum?", lambda d: f"{_join('+', d)}=", lambda d: str(sum(d))),
     "prod": Operation("Product?", lambda d: f"{_join('*', d)}=", lambda d: str(math.prod(d))),
     "sumsq": Operation(
@@ -73,11 +74,11 @@ LEVELS = (
     "read1",
     "read3",
     "max3",
+    "max5",
+    "min3",
     "sum2",
     "sum3",
-    "sum5",
     "prod2",
-    "prod3",
     "sumsq2",
     "sumsq4",
 )

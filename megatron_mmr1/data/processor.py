@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from megatron_mmr1.config.model_folder import check_processor_files
 from megatron_mmr1.data.images import decode_image
 from megatron_mmr1.data.mrope import mrope_positions
 from megatron_mmr1.types import Prompt
 
 IMAGE_TAG = "<image>"
-# What a folder must hold, each as alternatives: transformers would build a default model, or fetch.
-_REQUIRED_FILES = {
-    "model config": ("config.json",),
-    "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
-    "processor": ("preprocessor_config.json", "processor_config.json"),
-}
 _VISION_TOKEN_KEYS = (
     "image_token_id",
     "video_token_id",
@@ -53,7 +48,7 @@ class PromptProcessor:
             ValueError: the folder lacks a file, or its config a key.
         """
         folder = Path(model_folder)
-        _check_files(folder)
+        check_processor_files(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "image_token_id" not in config or "vision_config" not in config:
             raise ValueError(
@@ -176,16 +171,3 @@ class PromptProcessor:
         if banned:
             raise ValueError(f"the response holds the vision tokens {sorted(banned)}")
         return torch.tensor([*token_ids, self.end_of_turn_id])
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse a folder that is no complete model, before anything heavy is imported."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is no folder; give a local Hugging Face folder (models are not fetched)"
-        )
-    for what, names in _REQUIRED_FILES.items():
-        if not any((folder / name).is_file() for name in names):
-            raise ValueError(
-                f"{folder} has no {what} ({' or '.join(names)}); copy it there from the original"
-            )

@@ -51,7 +51,7 @@ SPECIAL_TOKENS = [
 ]
 # Ordinary tokens: rewards read them from text that was decoded without special tokens.
 RESPONSE_TOKENS = ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}"]
-RESPONSE_TOKENS += [*"0123456789", "+", "*", "=", ",", "^2", "max", "(", ")"]
+RESPONSE_TOKENS += [*"0123456789", "+", "*", "=", ",", "^2", "max", "min", "(", ")"]
 PROMPT_TOKENS = ["\n", "system", "user", "assistant"]
 QUESTION_TOKENS = [
     "Read",
@@ -59,6 +59,7 @@ QUESTION_TOKENS = [
     " digits",
     ".",
     "Largest",
+    "Smallest",
     " digit",
     "?",
     "Sum",

@@ -21,7 +21,9 @@ class Judged:
 def generate_and_judge(
     engine: RolloutEngine, verifier: VerifierPool, prompts: Sequence[Prompt], sampling: Sampling
 ) -> list[ScoredGroup]:
-    """Sample responses to every prompt and score them; verdicts are made while generation goes on."""
+    """Sample responses to every prompt and score them;
+    verdicts are made while generation goes on.
+    """
     for group in engine.generate(prompts, sampling):
         verifier.submit(group)
     by_id = {scored.group.prompt.prompt_id: scored for scored in verifier.results()}

@@ -1,4 +1,7 @@
-"""The benchmarks by name: how each one's files are read. (Its rule of scoring is rewards/ for the embedded one.)"""
+"""The benchmarks by name: how each one's files are read.
+
+(Its rule of scoring is rewards/ for the embedded one.)
+"""
 
 from __future__ import annotations
 

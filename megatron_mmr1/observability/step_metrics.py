@@ -1,4 +1,6 @@
-"""What a step's rollouts were worth, as sums that add over ranks, and the metrics made of the sums."""
+"""What a step's rollouts were worth, as sums that add over ranks,
+and the metrics made of the sums.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def group_sums(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 def group_metrics(sums: Mapping[str, float], rollout_s: float) -> dict[str, float]:
     """Make the logged metrics of all ranks' sums.
 
-    Rewards and pass rates are over judged responses; what could not be judged is counted beside them.
+    Rewards and pass rates are over judged responses; what could not be judged is counted beside
+    them.
     """
     judged, responses = max(sums["judged"], 1.0), max(sums["responses"], 1.0)
     groups = max(sums["groups"], 1.0)

@@ -47,8 +47,8 @@ class RolloutEngine(Protocol):
 def request_seed(sampling: Sampling, prompt_id: str) -> int:
     """Return the seed of a group's first sample; sample i uses seed + i.
 
-    A pure function of (seed, step, prompt_id): a resumed run, or one on another number of ranks, draws the
-    same responses.
+    A pure function of (seed, step, prompt_id): a resumed run, or one on another number of ranks,
+    draws the same responses.
     """
     text = f"{sampling.seed}/{sampling.step}/{prompt_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -1,4 +1,6 @@
-"""A rollout engine that hands out what an earlier run recorded: to compare layouts, losses and kernels on equal data."""
+"""A rollout engine that hands out what an earlier run recorded: to compare layouts,
+losses and kernels on equal data.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class ReplayEngine:
         """Yield the recorded group of every prompt.
 
         Raises:
-            ValueError: the recorded step doesn't hold one of the prompts, or holds groups of another size.
+            ValueError: the recorded step doesn't hold one of the prompts, or holds groups of
+                another size.
         """
         recorded = {row["prompt_id"]: row for row in self._read_step(sampling.step)}
         for prompt in prompts:
@@ -34,8 +37,8 @@ class ReplayEngine:
             if row is None or len(row["rollouts"]) != sampling.group_size:
                 raise ValueError(
                     f"replay: step {sampling.step} of the recorded run has no group of "
-                    f"{sampling.group_size} for prompt {prompt.prompt_id!r}; replay with the recorded "
-                    "run's own seed, data, sampler and group size"
+                    f"{sampling.group_size} for prompt {prompt.prompt_id!r}; replay with the "
+                    "recorded run's own seed, data, sampler and group size"
                 )
             rollouts = tuple(
                 Rollout(

@@ -1,8 +1,10 @@
-"""vLLM inside the trainer's process: multimodal prompts in, finished groups out, weights updated in place.
+"""vLLM inside the trainer's process: multimodal prompts in, finished groups out,
+weights updated in place.
 
-The engine gets each prompt as the trainer's own record (token ids, pixels, grid), already processed: no image
-processor runs a second time, so both sides see the same pixels. It reports `processed_logprobs`: after
-temperature and bans, from the very distribution that the tokens were drawn from.
+The engine gets each prompt as the trainer's own record (token ids, pixels, grid), already
+processed: no image processor runs a second time, so both sides see the same pixels. It reports
+`processed_logprobs`: after temperature and bans, from the very distribution that the tokens were
+drawn from.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from transformers import AutoConfig, BatchFeature
 from vllm import LLM, SamplingParams
+from vllm.config.model import ModelDType
 from vllm.inputs.engine import MultiModalInput, TokensInput, mm_input, tokens_input
 from vllm.model_executor.models.qwen2_vl import _create_qwen2vl_field_factory
 from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
@@ -60,16 +63,18 @@ class VllmEngine:
         with _process_left_as_found():
             self._llm = LLM(
                 model,
-                dtype=dtype,
+                dtype=cast(ModelDType, dtype),  # validate has checked it
                 enforce_eager=not torch.cuda.is_available(),
                 kv_cache_memory_bytes=config.kv_cache_bytes,
                 block_size=_BLOCK_SIZE,
                 max_model_len=max_prompt_tokens + config.max_response_tokens,
                 limit_mm_per_prompt={"image": config.max_images_per_prompt, "video": 0},
-                mm_device_do_normalize=False,  # our pixels are normalised; True would do it twice, silently
+                # Our pixels are normalised; True would do it twice, silently.
+                mm_device_do_normalize=False,
                 logprobs_mode="processed_logprobs",
                 logits_processors=[_ban_tokens(tuple(banned_token_ids))],
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
             )
         self._num_requests = 0
         self.weight_version = 0
@@ -77,7 +82,8 @@ class VllmEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yield one finished group a prompt, as they finish; see RolloutEngine.
 
-        The prefix cache starts empty, so that the result depends on the arguments and the weights alone.
+        The prefix cache starts empty, so that the result depends on the arguments and the weights
+        alone.
         """
         self._llm.reset_prefix_cache()
         waiting: dict[str, Prompt] = {}
@@ -94,7 +100,9 @@ class VllmEngine:
                 yield self._group(waiting.pop(output.request_id), output)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Load weights under their Hugging Face names and drop the prefix, encoder and processor caches."""
+        """Load weights under their Hugging Face names and drop the prefix,
+        encoder and processor caches.
+        """
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.reset_encoder_cache()
@@ -105,7 +113,7 @@ class VllmEngine:
         rollouts = []
         for completion in sorted(output.outputs, key=lambda c: c.index):
             token_ids = tuple(completion.token_ids)
-            assert completion.logprobs is not None
+            assert isinstance(completion.logprobs, list)
             logprobs = tuple(
                 float(at[token].logprob)
                 for at, token in zip(completion.logprobs, token_ids, strict=True)
@@ -139,7 +147,9 @@ def _sampling_params(sampling: Sampling, prompt: Prompt) -> SamplingParams:
 
 
 def _runs(token_ids: Sequence[int], wanted: int) -> list[PlaceholderRange]:
-    """Find each maximal run of `wanted`: one image's placeholders (Qwen puts other tokens in between)."""
+    """Find each maximal run of `wanted`: one image's placeholders
+    (Qwen puts other tokens in between).
+    """
     runs: list[PlaceholderRange] = []
     start = None
     for position, token in enumerate([*token_ids, None]):

@@ -1,6 +1,8 @@
-"""GRPO with Variance-Aware Sampling: the outer loop (arXiv:2509.21268, section 4; facts of a step in types.py).
+"""GRPO with Variance-Aware Sampling: the outer loop
+(arXiv:2509.21268, section 4; facts of a step in types.py).
 
-Composes the other rooms and contains no maths. A step that can't be trusted stops the run with its reason.
+Composes the other rooms and contains no maths. A step that can't be trusted stops the run with its
+reason.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from megatron_mmr1.types import MicroBatch, ScoredGroup
 
 
 def train(config: GrpoConfig, run_dir: Path) -> None:
-    """Train to `config.num_steps`, from the newest complete checkpoint when `config.resume` is auto.
+    """Train to `config.num_steps`, from the newest complete checkpoint
+    when `config.resume` is auto.
 
-    Leaves in the run folder what ../README.md lists, and in `hf/` the last weights as a Hugging Face folder.
+    Leaves in the run folder what ../README.md lists, and in `hf/` the last weights as a Hugging
+    Face folder.
     """
     with build_parts(config, run_dir) as parts:
         start, best = _resume(config, parts)
@@ -66,7 +70,9 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
 def _step(
     step: int, config: GrpoConfig, parts: Parts
 ) -> tuple[list[ScoredGroup], dict[str, float]]:
-    """Draw, sample, judge, learn, push the weights, and tell the sampler what its prompts were worth."""
+    """Draw, sample, judge, learn, push the weights,
+    and tell the sampler what its prompts were worth.
+    """
     timers = parts.timers
     with timers.phase("sampler"):
         prompts = next(parts.prompts)
@@ -90,7 +96,9 @@ def _step(
 
 
 def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> dict[str, float]:
-    """Take the optimizer steps of one batch of rollouts; old and reference log-probs are frozen before the first."""
+    """Take the optimizer steps of one batch of rollouts;
+    old and reference log-probs are frozen before the first.
+    """
     num_steps = config.algorithm.optimizer_steps_per_batch
     loss = losses.grpo(config.algorithm, parts.rule)
     optimizer_batches = [
@@ -123,19 +131,22 @@ def _with_frozen_logprobs(
 def _stop_if_untrustworthy(metrics: dict[str, float], config: GrpoConfig) -> None:
     if metrics["tokens/nonfinite"] > 0:
         raise RuntimeError(
-            f"{metrics['tokens/nonfinite']:.0f} response tokens have a log-prob that is not finite: "
-            "the run has diverged; resume from a checkpoint with a lower optimizer.lr"
+            f"{metrics['tokens/nonfinite']:.0f} response tokens have a log-prob that is not "
+            "finite: the run has diverged; resume from a checkpoint with a lower optimizer.lr"
         )
     if metrics["logprob_diff/mean"] > config.rollout.max_logprob_diff:
         raise RuntimeError(
-            f"the trainer's and the engine's log-probs differ by {metrics['logprob_diff/mean']:.2e} on "
-            f"average, above rollout.max_logprob_diff={config.rollout.max_logprob_diff:g}: they don't hold "
+            "the trainer's and the engine's log-probs differ by "
+            f"{metrics['logprob_diff/mean']:.2e} on average, above "
+            f"rollout.max_logprob_diff={config.rollout.max_logprob_diff:g}: they don't hold "
             "the same model; raise the bound only if the precision explains it"
         )
 
 
 def _evaluate(config: GrpoConfig, parts: Parts) -> dict[str, float]:
-    """Measure held-out accuracy, sampled at the training temperature and greedy; the same seeds each time."""
+    """Measure held-out accuracy, sampled at the training temperature and greedy;
+    the same seeds each time.
+    """
     with parts.timers.phase("evaluation"):
         sampled = replace(
             _training_sampling(config, step=0), group_size=config.evaluation.samples_per_prompt

@@ -1,4 +1,7 @@
-"""What a run writes for people and for a resume: metrics, rollouts, prompt statistics, bad rows. Rank 0 only."""
+"""What a run writes for people and for a resume: metrics, rollouts, prompt statistics, bad rows.
+
+Rank 0 only.
+"""
 
 from __future__ import annotations
 

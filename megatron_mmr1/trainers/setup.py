@@ -52,7 +52,9 @@ class Parts:
 
 @contextmanager
 def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
-    """Build the parts, data first (its errors are the cheapest to meet), and close the verifier at the end."""
+    """Build the parts, data first (its errors are the cheapest to meet),
+    and close the verifier at the end.
+    """
     processor = PromptProcessor(config.model.path)
     train_set, heldout_set = (
         PromptDataset(path, processor, config.data.max_prompt_tokens)

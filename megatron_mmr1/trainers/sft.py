@@ -22,7 +22,9 @@ _WHOLE_SOFTMAX = losses.SoftmaxRule(temperature=1.0, banned_token_ids=())
 
 
 def train(config: SftConfig, run_dir: Path) -> Path:
-    """Run the cold start on this rank's share of every batch; returns the Hugging Face folder that it wrote."""
+    """Run the cold start on this rank's share of every batch;
+    returns the Hugging Face folder that it wrote.
+    """
     processor = PromptProcessor(config.model.path)
     dataset = DemonstrationDataset(config.data, processor)
     report_bad_rows(run_dir, config.data, dataset.bad_rows, len(dataset))

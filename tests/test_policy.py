@@ -1,0 +1,536 @@
+"""The Megatron policy against Hugging Face on the same weights: log-probs, gradients, weights, checkpoints.
+
+Tolerances: the two implementations add the same float32 numbers in another order. Log-probs then differ by 2e-6,
+gradients by 2e-6 of their norm; the bounds leave a factor of five. Where nothing but copying happens, the bound is 0.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    TINY_SHAPE,
+    file_name_of,
+    gradients,
+    hf_logprobs,
+    load_hf,
+    make_batches,
+    make_policy,
+    mixed_prompts,
+    relative_difference,
+    response_rows,
+    scored_groups,
+    weights,
+    with_constants,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_mmr1 import device
+from megatron_mmr1.algorithms.advantages import group_advantages
+from megatron_mmr1.backend import batching, losses
+from megatron_mmr1.backend.checkpoint import Checkpoints, check_metadata
+from megatron_mmr1.config.schema import AlgorithmConfig
+from megatron_mmr1.convert import FAMILIES, megatron_to_hf
+from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.types import MicroBatch, ScoredGroup, Verdict
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+WHOLE_SOFTMAX = losses.SoftmaxRule(1.0, ())
+LOGPROB_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-5
+SUM_TOLERANCE = 1e-6  # the same terms of a scalar, added up in another order
+
+Samples = list[batching.Sample]
+
+
+@pytest.fixture(scope="module")
+def samples(tiny_processor: PromptProcessor) -> Samples:
+    """Eight sequences of unequal lengths: four prompts (three with images), two responses each."""
+    groups = scored_groups(mixed_prompts(tiny_processor), tiny_processor)
+    return batching.samples_of_groups(groups)
+
+
+@pytest.fixture(scope="module")
+def rule(tiny_processor: PromptProcessor) -> losses.SoftmaxRule:
+    return losses.SoftmaxRule(0.7, tiny_processor.banned_token_ids)
+
+
+# Log-probs
+
+
+def worst_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+@torch.no_grad()
+def all_hf_logprobs(model: Any, samples: Samples, rule: losses.SoftmaxRule) -> list[Tensor]:
+    return [hf_logprobs(model, sample, rule) for sample in samples]
+
+
+@pytest.mark.parametrize("folder_name", ["tiny_model_dir", "tied_model_dir"])
+def test_logprobs_equal_hugging_face(
+    request: pytest.FixtureRequest,
+    folder_name: str,
+    tiny_processor: PromptProcessor,
+    samples: Samples,
+    rule: losses.SoftmaxRule,
+):
+    folder = request.getfixturevalue(folder_name)
+    batches = make_batches(tiny_processor, samples)
+    ours = response_rows(batches, make_policy(folder).logprobs(batches, rule))
+    theirs = all_hf_logprobs(load_hf(folder), samples, rule)
+    assert worst_difference(ours, theirs) <= LOGPROB_TOLERANCE
+
+
+def test_a_micro_batch_without_images_equals_hugging_face(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
+):
+    text_only = [s for s in samples if s.prompt.pixel_values is None]
+    batches = make_batches(tiny_processor, text_only)
+    assert batches[0].pixel_values is None
+    policy = make_policy(tiny_model_dir)
+    ours = response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX))
+    theirs = all_hf_logprobs(load_hf(tiny_model_dir), text_only, WHOLE_SOFTMAX)
+    assert worst_difference(ours, theirs) <= LOGPROB_TOLERANCE
+    assert policy.train_step(batches, losses.supervised(WHOLE_SOFTMAX))["grad_norm"] > 0
+
+
+def test_positions_of_plain_text_would_be_noticed(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
+):
+    """Negative control of the comparison with Hugging Face, which makes its positions itself."""
+    batches = make_batches(tiny_processor, samples)
+    flat = [
+        replace(b, position_ids_3NS=torch.arange(b.token_ids_NS.shape[1]).expand_as(p))
+        for b in batches
+        for p in [b.position_ids_3NS]
+    ]
+    ours = response_rows(flat, make_policy(tiny_model_dir).logprobs(flat, WHOLE_SOFTMAX))
+    theirs = all_hf_logprobs(load_hf(tiny_model_dir), samples, WHOLE_SOFTMAX)
+    for sample, a, b in zip(samples, ours, theirs, strict=True):
+        has_image = sample.prompt.pixel_values is not None
+        assert (worst_difference([a], [b]) > 0.01) == has_image
+
+
+def test_qkv_rows_in_another_order_would_be_noticed(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
+):
+    """Negative control: all queries, then all keys, then all values, as a naive converter stacks them."""
+    policy = make_policy(tiny_model_dir)
+    with torch.no_grad():
+        for name, parameter in policy.module.named_parameters():
+            if "linear_qkv" in name:
+                named = [(name, parameter.clone())]
+                parts = megatron_to_hf(FAMILIES["qwen2_5_vl"], named, TINY_SHAPE)
+                parameter.copy_(torch.cat([tensor for _, tensor in parts]))
+    batches = make_batches(tiny_processor, samples)
+    ours = response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX))
+    theirs = all_hf_logprobs(load_hf(tiny_model_dir), samples, WHOLE_SOFTMAX)
+    assert all(worst_difference([a], [b]) > 0.1 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_bfloat16_is_as_close_to_float32_as_hugging_face_in_bfloat16(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
+):
+    """Both round at every layer, in different places: neither error is a bound for the other, hence 1.5."""
+    batches = make_batches(tiny_processor, samples)
+    policy = make_policy(tiny_model_dir, dtype="bfloat16")
+    ours = torch.cat(response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX)))
+    exact, theirs = (
+        torch.cat(all_hf_logprobs(load_hf(tiny_model_dir, dtype), samples, WHOLE_SOFTMAX))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    our_error, their_error = (ours - exact).abs().mean(), (theirs - exact).abs().mean()
+    assert 0 < our_error <= 1.5 * their_error
+
+
+# Loss and gradients
+
+
+def constants_for(model: Any, samples: Samples, rule: losses.SoftmaxRule) -> list[list[Tensor]]:
+    """Old and reference log-probs around the present ones, far enough for some ratios to be clipped."""
+    torch.manual_seed(0)
+    now = all_hf_logprobs(model, samples, rule)
+    return [[x + 0.3 * torch.randn_like(x) for x in now] for _ in range(2)]
+
+
+def hf_grpo_loss(
+    model: Any,
+    samples: Samples,
+    rule: losses.SoftmaxRule,
+    constants: list[list[Tensor]],
+    config: AlgorithmConfig,
+) -> Tensor:
+    """The equations, sequence by sequence and unpadded, with autograd through Hugging Face's model."""
+    per_sequence = []
+    for sample, old, ref in zip(samples, *constants, strict=True):
+        logprobs = hf_logprobs(model, sample, rule)
+        ratio = (logprobs - old).exp()
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        gain = torch.minimum(ratio * sample.advantage, clipped * sample.advantage)
+        kl = (ref - logprobs).exp() - (ref - logprobs) - 1
+        per_sequence.append(-gain + config.kl_coefficient * kl)
+    if config.aggregation == "token_mean":
+        return torch.cat(per_sequence).mean()
+    return torch.stack([tokens.mean() for tokens in per_sequence]).mean()
+
+
+def assert_gradients_equal(ours: dict[str, Tensor], model: Any) -> None:
+    theirs = {file_name_of(name): p.grad for name, p in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    differences = {name: relative_difference(ours[name], theirs[name]) for name in ours}
+    worst = max(differences, key=lambda name: differences[name])
+    assert differences[worst] <= GRADIENT_TOLERANCE, worst
+
+
+@pytest.mark.parametrize("folder_name", ["tiny_model_dir", "tied_model_dir"])
+def test_every_supervised_gradient_equals_hugging_face_autograd(
+    request: pytest.FixtureRequest,
+    folder_name: str,
+    tiny_processor: PromptProcessor,
+    samples: Samples,
+):
+    folder = request.getfixturevalue(folder_name)
+    model, policy = load_hf(folder), make_policy(folder)
+    loss = -torch.cat([hf_logprobs(model, sample, WHOLE_SOFTMAX) for sample in samples]).mean()
+    loss.backward()
+    batches = make_batches(tiny_processor, samples)
+    metrics = policy.train_step(batches, losses.supervised(WHOLE_SOFTMAX))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=SUM_TOLERANCE)
+    assert_gradients_equal(gradients(policy), model)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_every_grpo_gradient_equals_hugging_face_autograd(
+    tiny_model_dir: Path,
+    tiny_processor: PromptProcessor,
+    samples: Samples,
+    rule: losses.SoftmaxRule,
+    aggregation: str,
+):
+    config = AlgorithmConfig(kl_coefficient=0.1, aggregation=aggregation)
+    model, policy = load_hf(tiny_model_dir), make_policy(tiny_model_dir)
+    constants = constants_for(model, samples, rule)
+    loss = hf_grpo_loss(model, samples, rule, constants, config)
+    loss.backward()
+    batches = make_batches(tiny_processor, samples, aggregation=aggregation)
+    batches = with_constants(batches, *constants)
+    metrics = policy.train_step(batches, losses.grpo(config, rule))
+    assert 0 < metrics["clip_fraction"] < 1, "the case must have clipped and unclipped tokens"
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)  # terms of both signs cancel
+    assert_gradients_equal(gradients(policy), model)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_loss_and_gradients_do_not_change_with_the_micro_batch_size(
+    tiny_model_dir: Path,
+    tiny_processor: PromptProcessor,
+    samples: Samples,
+    rule: losses.SoftmaxRule,
+    aggregation: str,
+):
+    """Padding and the order of additions change, which float32 rounds."""
+    config = AlgorithmConfig(aggregation=aggregation, kl_coefficient=0.1)
+    constants = constants_for(load_hf(tiny_model_dir), samples, rule)
+
+    def step(batches: list[MicroBatch]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        policy = make_policy(tiny_model_dir)
+        batches = with_constants(batches, *constants)
+        return policy.train_step(batches, losses.grpo(config, rule)), gradients(policy)
+
+    whole, whole_gradients = step(make_batches(tiny_processor, samples, 8, aggregation))
+    for size in (1, 2, 4):
+        metrics, parts_gradients = step(make_batches(tiny_processor, samples, size, aggregation))
+        assert metrics == pytest.approx(whole, rel=GRADIENT_TOLERANCE)
+        for name, gradient in whole_gradients.items():
+            assert relative_difference(parts_gradients[name], gradient) <= GRADIENT_TOLERANCE
+
+    # Negative control: each micro-batch with its own denominator, then the mean of the four.
+    own = [make_batches(tiny_processor, samples[i : i + 2], 2, aggregation)[0] for i in (0, 2, 4, 6)]
+    own = [replace(b, token_weights_NS=b.token_weights_NS / 4) for b in own]
+    is_equal = step(own)[0]["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+    # Means over sequences commute with equal splits; means over tokens don't.
+    assert is_equal == (aggregation == "sequence_mean")
+
+
+def test_images_of_a_prompt_are_encoded_once_a_micro_batch(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor
+):
+    prompts = mixed_prompts(tiny_processor)
+    groups = scored_groups(prompts, tiny_processor, group_size=4)
+    samples = batching.samples_of_groups(groups)
+    policy = make_policy(tiny_model_dir)
+    rows: list[int] = []
+    policy.module.vision.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
+    policy.logprobs(make_batches(tiny_processor, samples, 16), WHOLE_SOFTMAX)
+    assert rows == [sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)]
+
+
+def without_verdict(group: ScoredGroup, index: int) -> ScoredGroup:
+    """The group as it is when the verifier could not judge response `index`."""
+    scores = list(group.scores)
+    verdict = Verdict("could_not_judge", "deadline")
+    scores[index] = replace(scores[index], verdict=verdict, reward=float("nan"))
+    return replace(group, scores=tuple(scores))
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_a_response_that_could_not_be_judged_counts_as_absent(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, aggregation: str
+):
+    prompts = mixed_prompts(tiny_processor)
+    groups = scored_groups(prompts, tiny_processor, group_size=4, seed=1)
+    groups = [without_verdict(groups[0], 1), *groups[1:3], without_verdict(groups[3], 3)]
+    samples = batching.samples_of_groups(groups)
+    judged = [s for s in samples if s.is_kept]
+    assert len(judged) == len(samples) - 2
+    rewards = torch.tensor([[s.reward for i, s in enumerate(groups[0].scores) if i != 1]])
+    assert [s.advantage for s in samples[:4] if s.is_kept] == pytest.approx(
+        group_advantages(rewards)[0].tolist()
+    )
+    loss = losses.grpo(AlgorithmConfig(aggregation=aggregation), WHOLE_SOFTMAX)
+    results = []
+    for present in (samples, judged):
+        policy = make_policy(tiny_model_dir)
+        batches = make_batches(tiny_processor, present, len(present), aggregation)
+        metrics = policy.train_step(batches, loss)
+        results.append((metrics["loss"], metrics["grad_norm"], gradients(policy)))
+    (loss_all, norm_all, with_them), (loss_judged, norm_judged, without) = results
+    # The loss is zero but for rounding (old = new log-probs, centred advantages): absolute, of terms of order 1.
+    assert loss_all == pytest.approx(loss_judged, rel=SUM_TOLERANCE, abs=SUM_TOLERANCE)
+    assert norm_all == pytest.approx(norm_judged, rel=GRADIENT_TOLERANCE)
+    for name in without:
+        assert relative_difference(with_them[name], without[name]) <= GRADIENT_TOLERANCE
+
+
+# Weights
+
+
+@pytest.mark.parametrize("folder_name", ["tiny_model_dir", "tied_model_dir"])
+def test_named_tensors_are_the_model_file_bit_for_bit(
+    request: pytest.FixtureRequest, folder_name: str
+):
+    folder = request.getfixturevalue(folder_name)
+    in_file = load_file(folder / "model.safetensors")
+    assert ("lm_head.weight" in in_file) == (folder_name == "tiny_model_dir")
+    named = list(make_policy(folder).named_tensors())
+    assert sorted(name for name, _ in named) == sorted(in_file)  # each once
+    for name, tensor in named:
+        assert tensor.dtype == in_file[name].dtype
+        assert torch.equal(tensor, in_file[name]), name
+
+
+def test_reference_logprobs_stay_those_of_the_start(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
+):
+    policy = make_policy(tiny_model_dir, lr=1e-2, keep_reference=True)
+    batches = make_batches(tiny_processor, samples)
+    start = torch.cat(response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX)))
+    policy.train_step(batches, losses.supervised(WHOLE_SOFTMAX))
+    trained = weights(policy)
+    reference = policy.reference_logprobs(batches, WHOLE_SOFTMAX)
+    now = policy.logprobs(batches, WHOLE_SOFTMAX)
+    assert torch.equal(torch.cat(response_rows(batches, reference)), start)
+    assert (torch.cat(response_rows(batches, now)) - start).abs().max() > 0.01
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in policy.named_tensors())
+
+
+def test_a_frozen_vision_tower_does_not_move(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
+):
+    policy = make_policy(tiny_model_dir, lr=1e-2, freeze_vision=True)
+    before = weights(policy)
+    policy.train_step(make_batches(tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
+    for name, tensor in policy.named_tensors():
+        assert torch.equal(tensor, before[name]) == name.startswith("visual."), name
+
+
+def copy_with_tensors(source: Path, target: Path, tensors: dict[str, Tensor]) -> Path:
+    shutil.copytree(source, target)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_model_folder_that_lacks_a_tensor_is_refused_by_name(
+    tiny_model_dir: Path, tmp_path: Path
+):
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(tiny_model_dir / "model.safetensors")
+    del tensors[name]
+    folder = copy_with_tensors(tiny_model_dir, tmp_path / "model", tensors)
+    with pytest.raises(ValueError, match=name):
+        make_policy(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "visual.merger.mlp.0.bias", "model.layers.1.mlp.down_proj.weight"]
+)
+def test_a_tensor_of_another_shape_is_refused_by_name(
+    tiny_model_dir: Path, tmp_path: Path, name: str
+):
+    tensors = load_file(tiny_model_dir / "model.safetensors")
+    tensors[name] = tensors[name][:1].clone()  # of a shape that would broadcast
+    folder = copy_with_tensors(tiny_model_dir, tmp_path / "model", tensors)
+    with pytest.raises(ValueError, match=name):
+        make_policy(folder)
+
+
+def test_a_query_projection_of_another_shape_is_refused_by_name(
+    tiny_model_dir: Path, tmp_path: Path
+):
+    """One of three tensors that are merged into one: the merge itself may not be possible."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(tiny_model_dir / "model.safetensors")
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    folder = copy_with_tensors(tiny_model_dir, tmp_path / "model", tensors)
+    with pytest.raises(ValueError, match=name):
+        make_policy(folder)
+
+
+def test_an_unknown_model_type_is_refused_by_name(tiny_model_dir: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"'llama' model; known families: qwen2_5_vl"):
+        make_policy(folder)
+
+
+# The device seam
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the seam does nothing")
+def test_the_seam_points_at_the_cpu_and_leaves_nothing_behind():
+    originals = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize")}
+    state = torch.get_rng_state()
+    with device.seam():
+        with device.seam():
+            assert torch.cuda.current_device() == torch.device("cpu")
+        assert torch.cuda.current_device() == torch.device("cpu"), "the inner one undid the outer"
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2, device=torch.device("cuda", 0)).device.type == "cpu"
+        assert torch.zeros(2).cuda().device.type == "cpu"
+        assert torch.zeros(2).to("cuda").device.type == "cpu"
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+    with pytest.raises(RuntimeError, match="stop"), device.seam():
+        raise RuntimeError("stop")
+    assert {name: getattr(torch.cuda, name) for name in originals} == originals
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(2, device="cuda")
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text("run: test\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_goes_on_from_a_checkpoint_bit_for_bit(
+    tiny_model_dir: Path,
+    tiny_processor: PromptProcessor,
+    samples: Samples,
+    run_dir: Path,
+    dtype: str,
+):
+    batches = make_batches(tiny_processor, samples)
+    loss = losses.supervised(WHOLE_SOFTMAX)
+    policy = make_policy(tiny_model_dir, dtype=dtype)
+    checkpoints = Checkpoints(run_dir, keep_last=2)
+    for _ in range(2):
+        policy.train_step(batches, loss)
+    state = {"step": 2, "best": 0.5, "sampler": {"draws": [1, 2]}}
+    checkpoints.save(2, policy, state, is_best=True)
+    random_numbers = torch.rand(3)
+    metrics = [policy.train_step(batches, loss) for _ in range(2)]
+
+    fresh = make_policy(tiny_model_dir, dtype=dtype)
+    assert checkpoints.newest() == 2
+    assert checkpoints.load(2, fresh) == state
+    assert torch.equal(torch.rand(3), random_numbers)
+    assert [fresh.train_step(batches, loss) for _ in range(2)] == metrics
+    expected = weights(policy)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.named_tensors())
+
+
+def test_pruning_keeps_the_last_ones_and_the_best(tiny_model_dir: Path, run_dir: Path):
+    policy, checkpoints = make_policy(tiny_model_dir), Checkpoints(run_dir, keep_last=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, policy, {}, is_best=step == 2)
+    folders = {path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir()}
+    assert folders == {"step_2", "step_3", "step_4"}
+    assert (run_dir / "checkpoints" / "step_4" / "config.yaml").read_text() == "run: test\n"
+
+
+def test_a_half_written_checkpoint_is_never_the_newest(tiny_model_dir: Path, run_dir: Path):
+    checkpoints = Checkpoints(run_dir, keep_last=2)
+    assert checkpoints.newest() is None
+    (run_dir / "checkpoints" / "partial_step_9" / "megatron").mkdir(parents=True)
+    assert checkpoints.newest() is None
+    checkpoints.save(4, make_policy(tiny_model_dir), {}, is_best=False)
+    assert checkpoints.newest() == 4
+
+
+class RunsACommand:
+    """Unpickling it runs a command, as in a checkpoint that somebody tampered with."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
+
+
+def test_checkpoint_metadata_that_would_run_code_is_refused_before_it_runs(
+    tiny_model_dir: Path, run_dir: Path
+):
+    policy, checkpoints = make_policy(tiny_model_dir), Checkpoints(run_dir, keep_last=2)
+    checkpoints.save(1, policy, {}, is_best=False)
+    folder, proof = run_dir / "checkpoints" / "step_1" / "megatron", run_dir / "it_ran"
+    check_metadata(folder / ".metadata")  # an honest one passes
+    evil = pickle.dumps(RunsACommand(f"touch '{proof}'"))
+    (folder / ".metadata").write_bytes(evil)
+    with pytest.raises(ValueError, match="system"):
+        checkpoints.load(1, policy)
+    assert not proof.exists()
+    pickle.loads(evil)
+    assert proof.exists(), "the control: this pickle does run its command"
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1})[:-3]])
+def test_checkpoint_metadata_that_is_no_pickle_is_refused(tmp_path: Path, content: bytes):
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match="not the metadata of a Megatron checkpoint"):
+        check_metadata(tmp_path / ".metadata")
+
+
+@pytest.mark.parametrize("file", ["common.pt", "trainer.pt", "rng_0.pt"])
+def test_no_other_file_of_a_checkpoint_can_run_code(
+    tiny_model_dir: Path,
+    tiny_processor: PromptProcessor,
+    samples: Samples,
+    run_dir: Path,
+    file: str,
+):
+    policy, checkpoints = make_policy(tiny_model_dir), Checkpoints(run_dir, keep_last=2)
+    policy.train_step(make_batches(tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
+    checkpoints.save(1, policy, {}, is_best=False)
+    print(sorted((run_dir / "checkpoints" / "step_1").rglob("*")))
+    (path,) = (run_dir / "checkpoints" / "step_1").rglob(file)
+    proof = run_dir / "it_ran"
+    torch.save({"model": RunsACommand(f"touch '{proof}'")}, path)
+    with pytest.raises((pickle.UnpicklingError, ValueError, RuntimeError)):
+        checkpoints.load(1, policy)
+    assert not proof.exists()
