@@ -42,8 +42,8 @@ def collective_backend() -> str:
 def prepare_process() -> None:
     """Set what must be set before megatron.core or vLLM are imported.
 
-    Call it first in every entry point. One torch thread a process (tiny models, many processes); on a CPU also no torch.compile, which
-    Megatron-Core would otherwise ask for at import.
+    Call it first in every entry point. One torch thread a process (tiny models, many processes); on
+    a CPU also no torch.compile, which Megatron-Core would otherwise ask for at import.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,7 +55,8 @@ def prepare_process() -> None:
 
 
 def _quieten_libraries() -> None:
-    """Keep the libraries' start-up notices (no Apex, no Triton on a CPU, deprecations) off the screen.
+    """Keep the libraries' start-up notices off the screen
+    (no Apex, no Triton on a CPU, deprecations).
 
     Errors still show. `VLLM_LOGGING_LEVEL=INFO` brings vLLM's log back.
     """

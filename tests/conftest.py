@@ -7,7 +7,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as device.prepare_process does on a CPU
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,11 @@ def tiny_processor(tiny_model_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def process_group() -> Iterator[None]:
-    """Megatron's parallel state in this process, a group of one, as in a run on one rank."""
+def process_group() -> None:
+    """Megatron's parallel state in this process, a group of one, as in a run on one rank.
+
+    It stays until the process ends: vLLM takes leave of its own groups only then.
+    """
     from megatron_mmr1 import device
 
     device.prepare_process()
@@ -61,11 +63,9 @@ def process_group() -> Iterator[None]:
 
     environment = dict(os.environ)
     parallel.initialize(ParallelConfig(), seed=0)
-    # RANK and MASTER_PORT are for this group only: processes that tests start must not inherit them.
+    # RANK and MASTER_PORT are this group's: processes that tests start must not inherit them.
     os.environ.clear()
     os.environ.update(environment)
-    yield
-    parallel.finalize()
 
 
 @pytest.fixture(scope="session")
@@ -74,9 +74,5 @@ def vllm_engine(tiny_model_dir: Path, tiny_processor: Any, process_group: None) 
     from megatron_mmr1.config.schema import RolloutConfig
     from megatron_mmr1.rollout.vllm_engine import VllmEngine
 
-    config = RolloutConfig(
-        max_response_tokens=24, max_images_per_prompt=2, kv_cache_bytes=64 << 20
-    )
-    return VllmEngine(
-        str(tiny_model_dir), "float32", config, tiny_processor.banned_token_ids, 64
-    )
+    config = RolloutConfig(max_response_tokens=24, max_images_per_prompt=2, kv_cache_bytes=64 << 20)
+    return VllmEngine(str(tiny_model_dir), "float32", config, tiny_processor.banned_token_ids, 64)

@@ -1,4 +1,4 @@
-"""Set-up that the policy's, the engine's and the runs' tests share. Real parts only: nothing here stands in for one.
+"""Set-up that the policy's, the engine's and the runs' tests share. Nothing stands in for a part.
 
 N sequences, S sequence length, R response tokens, V vocabulary.
 """
@@ -174,7 +174,7 @@ def file_name_of(hf_parameter: str) -> str:
 
 
 def hf_logprobs(model: Any, sample: batching.Sample, rule: losses.SoftmaxRule) -> Tensor:
-    """Log-probs [R] of one unpadded sequence by Hugging Face, which also makes the positions itself."""
+    """Log-probs [R] of one unpadded sequence by Hugging Face, positions included."""
     prompt = sample.prompt
     token_ids = torch.cat([prompt.token_ids, sample.response_token_ids])[None]
     is_image = (token_ids == model.config.image_token_id).int()

@@ -1,13 +1,16 @@
-"""The Megatron policy against Hugging Face on the same weights: log-probs, gradients, weights, checkpoints.
+"""The Megatron policy against Hugging Face: log-probs, gradients, weights, checkpoints.
 
-Tolerances: the two implementations add the same float32 numbers in another order. Log-probs then differ by 2e-6,
-gradients by 2e-6 of their norm; the bounds leave a factor of five. Where nothing but copying happens, the bound is 0.
+Tolerances: the two implementations add the same float32 numbers in another order. Log-probs then
+differ by 2e-6, gradients by 2e-6 of their norm; the bounds leave a factor of five. Where nothing
+but copying happens, the bound is 0.
 """
 
+import io
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mmr1 import device
 from megatron_mmr1.algorithms.advantages import group_advantages
@@ -123,7 +127,7 @@ def test_positions_of_plain_text_would_be_noticed(
 def test_qkv_rows_in_another_order_would_be_noticed(
     tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
 ):
-    """Negative control: all queries, then all keys, then all values, as a naive converter stacks them."""
+    """Negative control: all queries, then keys, then values, as a naive converter stacks them."""
     policy = make_policy(tiny_model_dir)
     with torch.no_grad():
         for name, parameter in policy.module.named_parameters():
@@ -140,7 +144,7 @@ def test_qkv_rows_in_another_order_would_be_noticed(
 def test_bfloat16_is_as_close_to_float32_as_hugging_face_in_bfloat16(
     tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
 ):
-    """Both round at every layer, in different places: neither error is a bound for the other, hence 1.5."""
+    """Both round at every layer, in different places: neither error bounds the other, hence 1.5."""
     batches = make_batches(tiny_processor, samples)
     policy = make_policy(tiny_model_dir, dtype="bfloat16")
     ours = torch.cat(response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX)))
@@ -156,7 +160,7 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_face_in_bfloat16(
 
 
 def constants_for(model: Any, samples: Samples, rule: losses.SoftmaxRule) -> list[list[Tensor]]:
-    """Old and reference log-probs around the present ones, far enough for some ratios to be clipped."""
+    """Old and reference log-probs, so far from the present ones that some ratios are clipped."""
     torch.manual_seed(0)
     now = all_hf_logprobs(model, samples, rule)
     return [[x + 0.3 * torch.randn_like(x) for x in now] for _ in range(2)]
@@ -169,7 +173,7 @@ def hf_grpo_loss(
     constants: list[list[Tensor]],
     config: AlgorithmConfig,
 ) -> Tensor:
-    """The equations, sequence by sequence and unpadded, with autograd through Hugging Face's model."""
+    """The equations, a sequence at a time, unpadded, with autograd through Hugging Face."""
     per_sequence = []
     for sample, old, ref in zip(samples, *constants, strict=True):
         logprobs = hf_logprobs(model, sample, rule)
@@ -256,7 +260,9 @@ def test_loss_and_gradients_do_not_change_with_the_micro_batch_size(
             assert relative_difference(parts_gradients[name], gradient) <= GRADIENT_TOLERANCE
 
     # Negative control: each micro-batch with its own denominator, then the mean of the four.
-    own = [make_batches(tiny_processor, samples[i : i + 2], 2, aggregation)[0] for i in (0, 2, 4, 6)]
+    own = [
+        make_batches(tiny_processor, samples[i : i + 2], 2, aggregation)[0] for i in (0, 2, 4, 6)
+    ]
     own = [replace(b, token_weights_NS=b.token_weights_NS / 4) for b in own]
     is_equal = step(own)[0]["loss"] == pytest.approx(whole["loss"], rel=1e-3)
     # Means over sequences commute with equal splits; means over tokens don't.
@@ -306,7 +312,7 @@ def test_a_response_that_could_not_be_judged_counts_as_absent(
         metrics = policy.train_step(batches, loss)
         results.append((metrics["loss"], metrics["grad_norm"], gradients(policy)))
     (loss_all, norm_all, with_them), (loss_judged, norm_judged, without) = results
-    # The loss is zero but for rounding (old = new log-probs, centred advantages): absolute, of terms of order 1.
+    # Centred advantages make the loss nearly zero: the bound is in units of its terms, of order 1.
     assert loss_all == pytest.approx(loss_judged, rel=SUM_TOLERANCE, abs=SUM_TOLERANCE)
     assert norm_all == pytest.approx(norm_judged, rel=GRADIENT_TOLERANCE)
     for name in without:
@@ -516,21 +522,59 @@ def test_checkpoint_metadata_that_is_no_pickle_is_refused(tmp_path: Path, conten
         check_metadata(tmp_path / ".metadata")
 
 
-@pytest.mark.parametrize("file", ["common.pt", "trainer.pt", "rng_0.pt"])
+def plant_in_file(folder: Path, name: str, evil: RunsACommand) -> None:
+    torch.save({"model": evil}, folder / name)
+
+
+def plant_in_shard(folder: Path, name: str, evil: RunsACommand) -> None:
+    """Append a pickle to the tensors' file, and have the honest metadata point an object at it."""
+    data, buffer = folder / "megatron" / "__0_0.distcp", io.BytesIO()
+    torch.save(evil, buffer)
+    metadata = pickle.loads((folder / "megatron" / ".metadata").read_bytes())
+    start = data.stat().st_size
+    with data.open("ab") as file:
+        file.write(buffer.getvalue())
+    places = [place for index, place in metadata.storage_data.items() if name in index.fqn]
+    assert places
+    for place in places:
+        place.offset, place.length = start, len(buffer.getvalue())
+    (folder / "megatron" / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (plant_in_file, "trainer.pt"),
+        (plant_in_file, "rng_0.pt"),
+        (plant_in_file, "megatron/common.pt"),  # of older Megatrons: read when it is there
+        (plant_in_shard, "common_state"),
+        (plant_in_shard, "_extra_state"),
+    ],
+)
 def test_no_other_file_of_a_checkpoint_can_run_code(
     tiny_model_dir: Path,
     tiny_processor: PromptProcessor,
     samples: Samples,
     run_dir: Path,
-    file: str,
+    plant: Callable[[Path, str, RunsACommand], None],
+    name: str,
 ):
     policy, checkpoints = make_policy(tiny_model_dir), Checkpoints(run_dir, keep_last=2)
     policy.train_step(make_batches(tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
     checkpoints.save(1, policy, {}, is_best=False)
-    print(sorted((run_dir / "checkpoints" / "step_1").rglob("*")))
-    (path,) = (run_dir / "checkpoints" / "step_1").rglob(file)
     proof = run_dir / "it_ran"
-    torch.save({"model": RunsACommand(f"touch '{proof}'")}, path)
-    with pytest.raises((pickle.UnpicklingError, ValueError, RuntimeError)):
+    plant(run_dir / "checkpoints" / "step_1", name, RunsACommand(f"touch '{proof}'"))
+    with pytest.raises((pickle.UnpicklingError, CheckpointException)):
         checkpoints.load(1, policy)
     assert not proof.exists()
+
+
+def test_in_bfloat16_all_weights_are_and_rotary_frequencies_are_not(tiny_model_dir: Path):
+    """Frequencies rounded to 8 bits turn an image's hundredth row by up to half a radian.
+
+    A weight left in float32 (a norm's) makes Megatron save optimizer states under other names.
+    """
+    module = make_policy(tiny_model_dir, dtype="bfloat16").module
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    frequencies = [b for name, b in module.named_buffers() if "inv_freq" in name]
+    assert frequencies and all(b.dtype == torch.float32 for b in frequencies)

@@ -13,8 +13,11 @@ after an unpickler that knows an allow-list of harmless classes has gone through
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +89,7 @@ class Checkpoints:
         """
         folder = self._root / f"step_{step}"
         check_metadata(folder / "megatron" / ".metadata")
-        with device.seam():
+        with device.seam(), _weights_only():
             weights = policy.module.sharded_state_dict()
             wanted = {
                 "model": weights,
@@ -164,6 +167,25 @@ class _MetadataUnpickler(pickle.Unpickler):
         if global_name not in _ALLOWED.get(module_name, ()):
             raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
         return super().find_class(module_name, global_name)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make every `torch.load` inside refuse code,
+    also torch's checkpoint reader, which asks for it.
+
+    Objects among the tensors (`_extra_state`) are pickles, and it reads them with
+    weights_only=False.
+    """
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(key)
+        if before is not None:
+            os.environ[key] = before
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

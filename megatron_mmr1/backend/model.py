@@ -82,9 +82,7 @@ class Qwen25VL(MegatronModule):
         text_config: Any = hf_config.text_config
         vision_config: Any = hf_config.vision_config
         vision_config._attn_implementation = "sdpa"
-        self.vision = Qwen2_5_VisionTransformerPretrainedModel(vision_config).to(
-            config.params_dtype
-        )
+        self.vision: Any = Qwen2_5_VisionTransformerPretrainedModel(vision_config)
         self.language = GPTModel(
             config=config,
             transformer_layer_spec=layer_spec(),
@@ -96,6 +94,11 @@ class Qwen25VL(MegatronModule):
             scatter_embedding_sequence_parallel=False,
         )
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
+        # Parameters only: the vision tower's rotary frequencies, a buffer, stay float32, as Hugging
+        # Face keeps them. Torch norms come in float32; with both dtypes in one model Megatron saves
+        # optimizer states under other parameters' names.
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(config.params_dtype)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous pipeline stage's activations (called by Megatron's schedules)."""

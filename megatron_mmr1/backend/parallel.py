@@ -39,6 +39,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
             context_parallel_size=config.cp_size,
         )
         patches.rng_tracker_uses_cpu_generator()
+        patches.sync_save_starts_no_process()
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -136,7 +136,8 @@ class MegatronPolicy:
                 micro_batch_size=batches[0].token_ids_NS.shape[0],
             )
             lr = self.optimizer.param_groups[0]["lr"]
-            _, grad_norm, _ = self.optimizer.step()
+            outcome: Any = self.optimizer.step()
+            _, grad_norm, _ = outcome
             self.schedule.step(1)
         mine = losses.total(results)
         metrics = parallel.sum_over_dp(mine.sums)
@@ -159,8 +160,8 @@ class MegatronPolicy:
                 ):
                     if tensor.shape != ours.shape:
                         raise ValueError(
-                            f"{folder}: {hf_name} is of shape {tuple(tensor.shape)}, but config.json "
-                            f"describes {tuple(ours.shape)}"
+                            f"{folder}: {hf_name} is of shape {tuple(tensor.shape)}, but "
+                            f"config.json describes {tuple(ours.shape)}"
                         )
                 parameter.copy_(merge(rule.kind, tensors, self._shape))
 

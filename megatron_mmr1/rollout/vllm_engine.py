@@ -39,6 +39,8 @@ _BLOCK_SIZE = (
     32  # vLLM's CPU attention takes multiples of 32; its default of 128 never caches a short prompt
 )
 
+_MAX_BATCHED_TOKENS = 8192  # a scheduling step's prompt tokens, unless one prompt is longer
+
 
 class VllmEngine:
     """An in-process vLLM engine on this rank.
@@ -60,14 +62,20 @@ class VllmEngine:
         hf_config = AutoConfig.from_pretrained(model, local_files_only=True)
         self._image_token_id: int = hf_config.image_token_id
         self._mm_fields = _create_qwen2vl_field_factory(hf_config.vision_config.spatial_merge_size)
+        max_model_len = max_prompt_tokens + config.max_response_tokens
+        on_gpu = torch.cuda.is_available()
         with _process_left_as_found():
             self._llm = LLM(
                 model,
                 dtype=cast(ModelDType, dtype),  # validate has checked it
-                enforce_eager=not torch.cuda.is_available(),
+                enforce_eager=not on_gpu,
+                # A seeded request whose prompt is cut in two crashes vLLM 0.32 on a CPU: it rewinds
+                # the generator, and CPU generators have no offset.
+                enable_chunked_prefill=on_gpu,
+                max_num_batched_tokens=max(_MAX_BATCHED_TOKENS, max_model_len),
                 kv_cache_memory_bytes=config.kv_cache_bytes,
                 block_size=_BLOCK_SIZE,
-                max_model_len=max_prompt_tokens + config.max_response_tokens,
+                max_model_len=max_model_len,
                 limit_mm_per_prompt={"image": config.max_images_per_prompt, "video": 0},
                 # Our pixels are normalised; True would do it twice, silently.
                 mm_device_do_normalize=False,
@@ -131,6 +139,7 @@ class VllmEngine:
         places = _runs(token_ids, self._image_token_id)
         assert len(places) == len(items["image"])
         pixel_hash = hashlib.blake2b(prompt.pixel_values.numpy().tobytes(), digest_size=16)
+        pixel_hash.update(prompt.image_grid_thw.numpy().tobytes())
         hashes = [f"{pixel_hash.hexdigest()}-{index}" for index in range(len(places))]
         return mm_input(token_ids, items, {"image": hashes}, {"image": places})
 

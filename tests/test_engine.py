@@ -1,0 +1,238 @@
+"""The in-process vLLM engine against the trainer: one model, one softmax, one set of pixels.
+
+Tolerances: both compute in float32 with other kernels. On the tiny model log-probs differ by 2e-6
+at most; the bounds (1e-4 on average, 1e-3 at worst) leave room for other CPUs and stay far below
+any of the negative controls (0.01).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_batches, make_policy, mixed_prompts, png, response_rows
+from torch import Tensor
+
+from megatron_mmr1.backend import batching, losses
+from megatron_mmr1.backend.policy import MegatronPolicy
+from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
+from megatron_mmr1.types import Prompt, RolloutGroup
+from megatron_mmr1.weight_sync import WeightSync
+
+pytestmark = pytest.mark.vllm
+
+SAMPLING = Sampling(group_size=4, temperature=1.0, max_response_tokens=16, seed=0, step=1)
+MEAN_TOLERANCE, WORST_TOLERANCE = 1e-4, 1e-3
+
+
+@pytest.fixture
+def policy(tiny_model_dir: Any, process_group: None) -> MegatronPolicy:
+    return make_policy(tiny_model_dir, lr=1e-2)
+
+
+@pytest.fixture
+def engine(vllm_engine: Any, policy: MegatronPolicy) -> RolloutEngine:
+    """The session's engine with the weights of this test's policy, as version 0."""
+    WeightSync(policy, vllm_engine).push(version=0)
+    return vllm_engine
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_processor: PromptProcessor) -> list[Prompt]:
+    """Images of several sizes, two images in one prompt, and text only."""
+    return mixed_prompts(tiny_processor)
+
+
+def generate(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling = SAMPLING
+) -> list[RolloutGroup]:
+    """The groups in the order of the prompts."""
+    groups = {group.prompt.prompt_id: group for group in engine.generate(prompts, sampling)}
+    assert len(groups) == len(prompts)
+    return [groups[prompt.prompt_id] for prompt in prompts]
+
+
+def samples_of(groups: Sequence[RolloutGroup]) -> list[batching.Sample]:
+    return [
+        batching.Sample(
+            group.prompt,
+            torch.tensor(rollout.token_ids),
+            torch.tensor(rollout.rollout_logprobs),
+            1.0,
+            True,
+        )
+        for group in groups
+        for rollout in group.rollouts
+    ]
+
+
+def differences(
+    policy: MegatronPolicy,
+    processor: PromptProcessor,
+    groups: Sequence[RolloutGroup],
+    temperature: float = 1.0,
+    banned_token_ids: tuple[int, ...] | None = None,
+) -> Tensor:
+    """|trainer - engine| of every response token."""
+    samples = samples_of(groups)
+    if banned_token_ids is None:
+        banned_token_ids = processor.banned_token_ids
+    batches = make_batches(processor, samples, len(samples))
+    logprobs = policy.logprobs(batches, losses.SoftmaxRule(temperature, banned_token_ids))
+    rows = response_rows(batches, logprobs)
+    return torch.cat([(a - s.rollout_logprobs).abs() for a, s in zip(rows, samples, strict=True)])
+
+
+def assert_equal(difference: Tensor) -> None:
+    assert difference.mean() <= MEAN_TOLERANCE
+    assert difference.max() <= WORST_TOLERANCE
+
+
+def tokens(groups: Sequence[RolloutGroup]) -> list[list[tuple[int, ...]]]:
+    return [[rollout.token_ids for rollout in group.rollouts] for group in groups]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_engine_and_trainer_give_the_same_logprobs(
+    engine: RolloutEngine,
+    policy: MegatronPolicy,
+    tiny_processor: PromptProcessor,
+    prompts: list[Prompt],
+    temperature: float,
+):
+    groups = generate(engine, prompts, replace(SAMPLING, temperature=temperature))
+    assert_equal(differences(policy, tiny_processor, groups, temperature))
+    # Negative controls: a trainer with another temperature, and one that forgets the bans.
+    assert differences(policy, tiny_processor, groups, 1.6 - temperature).mean() > 0.01
+    assert differences(policy, tiny_processor, groups, temperature, ()).mean() > 0.01
+
+
+def test_banned_tokens_are_never_sampled(
+    engine: RolloutEngine,
+    policy: MegatronPolicy,
+    tiny_processor: PromptProcessor,
+    prompts: list[Prompt],
+):
+    groups = generate(engine, prompts, replace(SAMPLING, group_size=32))
+    sampled = [token for group in tokens(groups) for response in group for token in response]
+    assert not set(sampled) & set(tiny_processor.banned_token_ids)
+    # The ban matters: leaving it out gives all other tokens less, by the banned ones' mass in nats.
+    mass = differences(policy, tiny_processor, groups, banned_token_ids=())
+    assert mass.mean() > 0.05 and len(sampled) > 500
+
+
+def test_samples_depend_on_seed_step_and_prompt_alone(engine: RolloutEngine, prompts: list[Prompt]):
+    """Not on the order, the company, what ran before, or the requests' numbers."""
+    together = tokens(generate(engine, prompts))
+    assert tokens(generate(engine, prompts)) == together
+    assert tokens(generate(engine, prompts[::-1]))[::-1] == together
+    assert [tokens(generate(engine, [prompt]))[0] for prompt in prompts] == together
+    other_step = tokens(generate(engine, prompts, replace(SAMPLING, step=2)))
+    other_seed = tokens(generate(engine, prompts, replace(SAMPLING, seed=1)))
+    for here, there, elsewhere in zip(together, other_step, other_seed, strict=True):
+        assert here != there and here != elsewhere and there != elsewhere
+        assert len(set(here)) > 1, "samples of a group have seeds of their own"
+
+
+def test_a_greedy_response_is_the_most_likely_token_each_time(
+    engine: RolloutEngine,
+    policy: MegatronPolicy,
+    tiny_processor: PromptProcessor,
+    prompts: list[Prompt],
+):
+    greedy = replace(SAMPLING, group_size=1, temperature=0.0)
+    groups = generate(engine, prompts, greedy)
+    assert tokens(groups) == tokens(generate(engine, prompts, replace(greedy, seed=5, step=9)))
+    (batch,) = make_batches(tiny_processor, samples_of(groups))
+    with torch.no_grad():
+        logits = policy.module(batch)
+    logits[:, list(tiny_processor.banned_token_ids)] = -torch.inf
+    assert torch.equal(logits.argmax(-1), batch.token_ids_NS[batch.response_mask_NS])
+
+
+def test_a_pushed_update_reaches_the_engine(
+    engine: RolloutEngine,
+    policy: MegatronPolicy,
+    tiny_model_dir: Any,
+    tiny_processor: PromptProcessor,
+    prompts: list[Prompt],
+):
+    sync = WeightSync(policy, engine)
+    before = generate(engine, prompts)
+    batches = make_batches(tiny_processor, samples_of(before))
+    rule = losses.SoftmaxRule(1.0, tiny_processor.banned_token_ids)
+    policy.train_step(batches, losses.supervised(rule))
+    sync.push(version=1)
+    after = generate(engine, prompts)
+    assert {group.weight_version for group in before} == {0}
+    assert {group.weight_version for group in after} == {1}
+    assert_equal(differences(policy, tiny_processor, after))
+    assert differences(make_policy(tiny_model_dir), tiny_processor, after).mean() > 0.01
+    assert differences(policy, tiny_processor, before).mean() > 0.01
+
+
+def test_a_lost_update_is_refused(
+    engine: RolloutEngine, policy: MegatronPolicy, prompts: list[Prompt]
+):
+    sync = WeightSync(policy, engine)
+    (stale,) = generate(engine, prompts[:1])
+    sync.push(version=1)
+    with pytest.raises(RuntimeError, match=r"weight version 0, the policy has 1: .* was lost"):
+        sync.check(stale.weight_version)
+    engine.update_weights(policy.named_tensors(), 2)  # by somebody else
+    (group,) = generate(engine, prompts[:1])
+    with pytest.raises(RuntimeError, match="weight version 2, the policy has 1"):
+        sync.check(group.weight_version)
+
+
+def test_finish_reasons_are_told_apart(
+    engine: RolloutEngine, tiny_processor: PromptProcessor, prompts: list[Prompt]
+):
+    limit = 24
+    long = replace(SAMPLING, group_size=16, max_response_tokens=limit)
+    rollouts = [r for group in generate(engine, prompts, long) for r in group.rollouts]
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    end = tiny_processor.end_of_turn_id
+    for rollout in rollouts:
+        assert end not in rollout.token_ids[:-1]
+        if rollout.finish_reason == "stop":
+            assert rollout.token_ids[-1] == end
+        else:
+            assert len(rollout.token_ids) == limit and rollout.token_ids[-1] != end
+    short = generate(engine, prompts, replace(SAMPLING, max_response_tokens=1))
+    for rollout in (r for group in short for r in group.rollouts):
+        assert len(rollout.token_ids) == 1
+        assert (rollout.finish_reason == "stop") == (rollout.token_ids[-1] == end)
+
+
+def test_the_engine_sees_the_records_own_pixels(
+    engine: RolloutEngine,
+    policy: MegatronPolicy,
+    tiny_processor: PromptProcessor,
+    prompts: list[Prompt],
+):
+    """Not a file decoded again, nor pixels normalised twice, nor a cached image of that name."""
+    original = prompts[0]
+    assert original.pixel_values is not None
+    generate(engine, [original])  # so that a cache by name would have something to return
+    changed = replace(original, pixel_values=-0.5 * original.pixel_values)
+    groups = generate(engine, [changed])
+    assert_equal(differences(policy, tiny_processor, groups))
+    as_if_original = [replace(group, prompt=original) for group in groups]
+    assert differences(policy, tiny_processor, as_if_original).mean() > 0.01
+
+
+def test_equal_pixels_in_another_shape_are_another_image(
+    engine: RolloutEngine, policy: MegatronPolicy, tiny_processor: PromptProcessor
+):
+    """The same tiles laid out 2 x 4 and 4 x 2 hold the same numbers, but not at the same places."""
+    question = "<image>Read the digits."
+    lying, standing = (
+        tiny_processor.prompt(name, question, [png(*size)])
+        for name, size in (("lying", (112, 56)), ("standing", (56, 112)))
+    )
+    standing = replace(standing, pixel_values=lying.pixel_values)
+    for prompt in (lying, standing):
+        assert_equal(differences(policy, tiny_processor, generate(engine, [prompt])))

@@ -1,0 +1,307 @@
+"""Whole runs from the command line: exact resumption, two ranks against one, evaluation, refusals.
+
+Real processes on a tiny scale, and few of them: most of a run's time here is imports. Independent
+ones run two at a time.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import relative_difference
+from safetensors.torch import load_file
+
+from megatron_mmr1.data.digits import build_digits
+from megatron_mmr1.observability.metrics import read_metrics
+from megatron_mmr1.observability.prompt_stats import read_prompt_stats
+from megatron_mmr1.observability.rollouts import read_rollouts
+
+pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NUM_STEPS = 4
+LIMIT_S = 300
+_OF_A_PROCESS_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class Finished:
+    """A process that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    def succeeded(self) -> "Finished":
+        assert self.returncode == 0, f"{self.stdout[-2000:]}\n{self.stderr[-4000:]}"
+        return self
+
+
+class Process:
+    """A started command with its children, in a process group of its own; output goes to files."""
+
+    def __init__(self, log: Path, *command: str, **environment: str) -> None:
+        self._paths = log.with_suffix(".out"), log.with_suffix(".err")
+        inherited = {k: v for k, v in os.environ.items() if k not in _OF_A_PROCESS_GROUP}
+        with self._paths[0].open("w") as out, self._paths[1].open("w") as err:
+            self._popen = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=out,
+                stderr=err,
+                cwd=REPOSITORY,
+                env=inherited | environment,
+                start_new_session=True,
+            )
+
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
+
+    def kill(self) -> None:
+        os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
+    def wait(self) -> Finished:
+        try:
+            self._popen.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        return Finished(self._popen.returncode, *(path.read_text() for path in self._paths))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where everything lies, and how to start a run that differs in `overrides` only."""
+
+    folder: Path
+
+    @property
+    def cold(self) -> Path:
+        return self.folder / "digits_sft" / "cold"
+
+    def dir(self, run: str) -> Path:
+        return self.folder / "digits" / run
+
+    def train(self, run: str, *overrides: str, ranks: int = 1, **environment: str) -> Process:
+        launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+        command = (*launcher, "-m", "megatron_mmr1.train")
+        return Process(
+            self.folder / run,
+            "-m",
+            *(command if ranks > 1 else command[-1:]),
+            f"output_dir={self.folder}",
+            f"run={run}",
+            f"model.path={self.cold / 'hf'}",
+            f"data.train={self.folder / 'train.parquet'}",
+            f"data.heldout={self.folder / 'heldout.parquet'}",
+            f"num_steps={NUM_STEPS}",
+            "prompts_per_step=8",
+            "rollout.group_size=4",
+            "micro_batch_size=4",
+            "evaluation.every=2",
+            "checkpoint.every=2",
+            "sampler.update_every=2",  # so that a resumed run needs the sampler's state
+            *overrides,
+            **environment,
+        )
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cold_start(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Runs, Any]:
+    """A model that answers in the right form now and then, so that rewards differ within groups.
+
+    Beside it, what a run says that finds its port taken.
+    """
+    runs = Runs(tmp_path_factory.mktemp("runs"))
+    build_digits(runs.folder, num_heldout=20, num_train=40, num_demonstrations=200)
+    cold = Process(
+        runs.folder / "cold",
+        *("-m", "megatron_mmr1.sft", f"output_dir={runs.folder}", "run=cold"),
+        *(f"model.path={tiny_model_dir}", f"data={runs.folder / 'sft.parquet'}"),
+        *("num_steps=45", "global_batch_size=16", "micro_batch_size=16"),
+        *("optimizer.warmup_steps=5",),
+    )
+    with taken_port() as port:
+        model = f"model.path={tiny_model_dir}"
+        refused = runs.train("refused", model, MASTER_PORT=str(port)).wait()
+    cold.wait().succeeded()
+    return runs, (port, refused)
+
+
+@pytest.fixture(scope="module")
+def runs(cold_start: tuple[Runs, Any]) -> Runs:
+    return cold_start[0]
+
+
+@pytest.fixture(scope="module")
+def whole(runs: Runs) -> Path:
+    """A run that nothing interrupts; and "cut", the same one, killed after its first checkpoint."""
+    cut, whole = runs.train("cut"), runs.train("whole")
+    deadline = time.monotonic() + LIMIT_S
+    while not (runs.dir("cut") / "checkpoints" / "step_2").exists():
+        assert cut.is_running() and time.monotonic() < deadline, cut.wait().succeeded()
+        time.sleep(0.01)
+    cut.kill()
+    whole.wait().succeeded()
+    return runs.dir("whole")
+
+
+@dataclass(frozen=True)
+class Continued:
+    resumed: Path
+    evaluated: Finished
+    responses: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def continued(runs: Runs, whole: Path) -> Continued:
+    """The killed run, continued; and the whole run's model, evaluated as anybody would."""
+    assert not (runs.dir("cut") / "hf").exists(), "it was killed too late"
+    resumed = runs.train("cut", "resume=auto")
+    responses = runs.folder / "responses.jsonl"
+    evaluated = Process(
+        runs.folder / "evaluate",
+        *("-m", "megatron_mmr1.evaluate", "benchmark=digits", f"model={whole / 'hf'}"),
+        *(f"data={runs.folder / 'heldout.parquet'}", "rollout.temperature=0"),
+        f"output={responses}",
+    ).wait()
+    resumed.wait().succeeded()
+    evaluated.succeeded()
+    lines = responses.read_text().splitlines()
+    return Continued(runs.dir("cut"), evaluated, [json.loads(line) for line in lines])
+
+
+@dataclass(frozen=True)
+class Replays:
+    two_ranks: Path
+    too_strict: Finished
+
+
+@pytest.fixture(scope="module")
+def replays(runs: Runs, whole: Path) -> Replays:
+    """The whole run's rollouts again: on two ranks, and with a bound that nothing can keep."""
+    two_ranks = runs.train("two_ranks", f"replay={whole}", ranks=2)
+    strict = runs.train("strict", f"replay={whole}", "rollout.max_logprob_diff=1e-12").wait()
+    two_ranks.wait().succeeded()
+    return Replays(runs.dir("two_ranks"), strict)
+
+
+def test_a_run_leaves_its_records_and_its_report(whole: Path):
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "prompt_stats.parquet",
+        "rollouts",
+        "checkpoints",
+        "hf",
+        "report.html",
+    }
+    rows = read_metrics(whole)
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert [row["step"] for row in rows if "eval/accuracy_greedy" in row] == [0, 2, 4]
+    assert len(list((whole / "rollouts").glob("step_*.jsonl"))) == NUM_STEPS
+    report = (whole / "report.html").read_text()
+    assert "accuracy" in report
+    assert f"{100 * rows[-1]['eval/accuracy_greedy']:.1f}" in report
+
+
+def num_groups_with_a_gradient(run_dir: Path, step: int) -> int:
+    """Groups whose rewards differ: only these have advantages."""
+    groups = read_rollouts(run_dir, step)
+    return sum(len({r["reward"] for r in group["rollouts"]}) > 1 for group in groups)
+
+
+def test_a_run_learns_from_its_rollouts(runs: Runs, whole: Path):
+    """Guards the comparisons below: they would hold of a run in which nothing happens."""
+    # With three of them gradients are added in another order on two ranks than on one.
+    assert all(num_groups_with_a_gradient(whole, step) >= 3 for step in (1, 2, 3, 4))
+    rows = read_metrics(whole)[1:]
+    assert any(row["grad_norm"] > 0.01 for row in rows)
+    assert all(row["logprob_diff/max"] < 1e-3 for row in rows)  # as in test_engine.py
+    start, end = (load_file(f / "hf" / "model.safetensors") for f in (runs.cold, whole))
+    assert any(relative_difference(end[name], start[name]) > 1e-4 for name in start)
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(continued: Continued, whole: Path):
+    """Bit for bit: everything that later steps depend on is in the checkpoint."""
+
+    def lasting(run_dir: Path) -> list[dict[str, Any]]:
+        timings = ("time/", "rollout/tokens_per_s")
+        rows = read_metrics(run_dir)
+        return [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
+
+    resumed = continued.resumed
+    assert lasting(resumed) == lasting(whole)
+    for file in sorted((whole / "rollouts").iterdir()):
+        assert (resumed / "rollouts" / file.name).read_bytes() == file.read_bytes(), file.name
+    stats, expected = read_prompt_stats(resumed), read_prompt_stats(whole)
+    assert len(expected["step"]) > 0
+    for column in expected:
+        np.testing.assert_array_equal(stats[column], expected[column], column)
+    model = Path("hf") / "model.safetensors"
+    assert (resumed / model).read_bytes() == (whole / model).read_bytes()
+
+
+def test_two_ranks_compute_what_one_computes(replays: Replays, whole: Path):
+    """On equal rollouts. The sums over sequences are added in another order, which float32 rounds.
+
+    AdamW divides a gradient by its own size, so that the rounding of a tiny gradient comes back as
+    large as the learning rate: weights are compared by the norm of each tensor. The advantages of a
+    group sum to zero, so the loss is close to zero: its bound is in units of its terms, of order 1.
+    """
+    ours, theirs = read_metrics(replays.two_ranks), read_metrics(whole)[1:]
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for two, one in zip(ours, theirs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6, abs=1e-6)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert two["entropy/mean"] == pytest.approx(one["entropy/mean"], rel=1e-6)
+        for key in ("reward/mean", "groups/mixed_rate", "tokens/response", "lr"):
+            assert two[key] == one[key], key
+    two, one = (load_file(d / "hf" / "model.safetensors") for d in (replays.two_ranks, whole))
+    worst = max(relative_difference(two[name], one[name]) for name in one)
+    assert worst <= 1e-5
+    stats, expected = read_prompt_stats(replays.two_ranks), read_prompt_stats(whole)
+    for column in expected:
+        np.testing.assert_array_equal(stats[column], expected[column], column)
+
+
+def test_evaluate_agrees_with_the_runs_own_last_evaluation(continued: Continued, whole: Path):
+    """Also: vLLM serves the folder that the run wrote."""
+    outcomes = [r["outcome"] for row in continued.responses for r in row["rollouts"]]
+    assert len(outcomes) == 20
+    expected = read_metrics(whole)[-1]["eval/accuracy_greedy"]
+    assert outcomes.count("correct") / len(outcomes) == expected
+    assert f"{expected:.1%}" in continued.evaluated.stdout
+
+
+def test_logprobs_that_differ_too_much_stop_the_run(replays: Replays):
+    stopped = replays.too_strict
+    assert stopped.returncode != 0
+    assert "above rollout.max_logprob_diff=1e-12" in stopped.stderr
+
+
+def test_a_port_in_use_is_one_clear_message(cold_start: tuple[Runs, Any]):
+    _, (port, refused) = cold_start
+    assert refused.returncode == 2
+    assert f"error: MASTER_PORT={port} is in use" in refused.stderr
+    assert "Traceback" not in refused.stderr
