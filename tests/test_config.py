@@ -179,7 +179,7 @@ GRPO_FAULTS = [
     ("optimizer.lr=0", "optimizer.lr=0.0 ", "above 0"),
     ("optimizer.min_lr=1", "optimizer.min_lr=1.0 ", "range"),
     ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1 ", "use 0 or more"),
-    ("optimizer.warmup_steps=40", "optimizer.warmup_steps=40 ", "use at most 39"),
+    ("optimizer.warmup_steps=60", "optimizer.warmup_steps=60 ", "use at most 59"),
     ("optimizer.beta2=1", "optimizer.beta2=1.0 ", "below 1"),
     ("num_steps=0", "num_steps=0 ", "use 1 or more"),
     ("seed=-1", "seed=-1 ", "use 0 or more"),

@@ -108,7 +108,9 @@ class Runs:
             "prompts_per_step=8",
             "rollout.group_size=4",
             "micro_batch_size=4",
+            "optimizer.lr=1e-4",
             "evaluation.every=2",
+            "evaluation.samples_per_prompt=1",
             "checkpoint.every=2",
             "sampler.update_every=2",  # so that a resumed run needs the sampler's state
             *overrides,

@@ -1,9 +1,9 @@
 """Measure what GRPO adds to the cold start on the embedded task, over seeds: the README's table.
 
-Usage: python tools/measure_learning.py [--seeds 3] [--experiment digits] [--out examples/digits/results.md]
+Usage: python tools/measure_learning.py [--seeds 3] [--experiment digits] [--out FILE]
 
-Each seed is a cold start and a GRPO run of its own, in fresh folders under outputs/; finished ones are reused,
-so an interrupted measurement goes on where it stopped.
+Each seed is a cold start and a GRPO run of its own, in folders under outputs/; finished ones are
+reused, so an interrupted measurement goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -72,11 +72,15 @@ def _table(rows: list[dict[str, float]]) -> str:
     ]  # fmt: skip
     lines = ["| seed | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for row in rows:
-        lines.append(f"| {row['seed']:.0f} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |")
+        lines.append(
+            f"| {row['seed']:.0f} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |"
+        )
     if len(rows) > 1:
         values = {c: [row[c] for row in rows] for c in columns}
         for name, of in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
-            lines.append(f"| {name} | " + " | ".join(f"{of(values[c]):.1f}" for c in columns) + " |")
+            lines.append(
+                f"| {name} | " + " | ".join(f"{of(values[c]):.1f}" for c in columns) + " |"
+            )
     return "\n".join(lines) + "\n"
 
 

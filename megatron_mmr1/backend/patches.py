@@ -37,8 +37,8 @@ def rng_tracker_uses_cpu_generator() -> None:
 def sync_save_starts_no_process() -> None:
     """Give the checkpoint writer an ordinary queue for its results.
 
-    Its own belongs to a `multiprocessing.Manager`: a second process of 0.6 GB that takes 5 s to start
-    and outlives a trainer that is killed. It is needed for asynchronous saves only; ours are
-    written by threads of this process.
+    Its own belongs to a `multiprocessing.Manager`: a second process of 0.6 GB that takes 5 s to
+    start and outlives a trainer that is killed. Only asynchronous saves need it; ours are written
+    by threads of this process.
     """
     filesystem_async._results_queue = queue.Queue()

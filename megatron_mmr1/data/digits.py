@@ -83,7 +83,7 @@ LEVELS = (
     "sumsq4",
 )
 # Relative weights. The pool holds what a cold start solves (read, max), what it half solves (sums,
-# products of two) and what it hardly solves (prod3, sumsq4): the mix in which choosing matters.
+# products of two) and what it hardly solves (sum3, sumsq4): the mix in which choosing matters.
 POOL_MIX = {level: 1.0 for level in LEVELS}
 # The cold start never shows sumsq4.
 SFT_MIX = {level: 0.0 if level == "sumsq4" else 1.0 for level in LEVELS}
@@ -138,7 +138,7 @@ def build_digits(
     num_demonstrations: int = 4000,
     train_mix: Mapping[str, float] = POOL_MIX,
     sft_mix: Mapping[str, float] = SFT_MIX,
-    sft_noise: float = 0.4,
+    sft_noise: float = 0.5,
     force: bool = False,
 ) -> list[Path]:
     """Write train.parquet, heldout.parquet and sft.parquet into `folder`.

@@ -29,7 +29,7 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
     """Train to `config.num_steps`, from the newest complete checkpoint
     when `config.resume` is auto.
 
-    Leaves in the run folder what ../README.md lists, and in `hf/` the last weights as a Hugging
+    Leaves in the run folder what the README lists, and in `hf/` the last weights as a Hugging
     Face folder.
     """
     with build_parts(config, run_dir) as parts:
@@ -40,27 +40,24 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
             if start == 0 and config.replay is None:
                 records.write_metrics(0, _evaluate(config, parts))
             for step in range(start + 1, config.num_steps + 1):
+                is_last, is_best = step == config.num_steps, False
                 with parts.timers.phase("step"):
                     groups, metrics = _step(step, config, parts)
                     records.write_groups(step, groups)
                     records.write_prompt_stats(parts.sampler.update_table())
-                    is_last = step == config.num_steps
-                    is_best = False
                     if config.replay is None and _is_due(step, config.evaluation.every, is_last):
                         metrics |= _evaluate(config, parts)
                         is_best = metrics["eval/accuracy_sampled"] > best
                         best = max(best, metrics["eval/accuracy_sampled"])
-                    if is_best or _is_due(step, config.checkpoint.every, is_last):
-                        with parts.timers.phase("checkpoint"):
-                            state = {
-                                "step": step,
-                                "best": best,
-                                "sampler": parts.sampler.state_dict(),
-                            }
-                            parts.checkpoints.save(step, parts.policy, state, is_best)
                 metrics |= parts.timers.pop()
                 records.write_metrics(step, metrics)
                 progress.update(step, metrics)
+                # Last, so that a resume finds the records of every step up to its checkpoint. Its
+                # time is in the next step's line.
+                if is_best or _is_due(step, config.checkpoint.every, is_last):
+                    with parts.timers.phase("checkpoint"):
+                        state = {"best": best, "sampler": parts.sampler.state_dict()}
+                        parts.checkpoints.save(step, parts.policy, state, is_best)
         records.close()
         if parallel.is_main():
             write_hf_folder(run_dir / "hf", parts.policy.named_tensors(), config.model.path)
