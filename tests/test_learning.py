@@ -1,4 +1,4 @@
-"""GRPO teaches: the demo's own commands, whole. Minutes long; `make learning` measures more seeds."""
+"""GRPO teaches: the demo's own commands, whole. Minutes long; `make learning` has more seeds."""
 
 import subprocess
 import sys

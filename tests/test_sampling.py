@@ -240,7 +240,10 @@ def test_slices_of_all_ranks_make_the_batch(size, batch_size):
     ]
     for _ in range(10):
         shares = [next(one) for one in slices]
-        assert list(itertools.chain(*shares)) == whole.next_batch()
+        batch = whole.next_batch()
+        assert sorted(itertools.chain(*shares)) == sorted(batch)
+        # Every rank's first prompts are the draw's first ones: several optimizer steps cut it alike.
+        assert sorted(share[0] for share in shares) == sorted(batch[:size])
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

@@ -71,7 +71,10 @@ class Sampler(ABC):
 
 
 class DataParallelSlice:
-    """This rank's contiguous share of each draw; the shares of all ranks, in order, are the draw.
+    """This rank's share of each draw: every `size`-th prompt, from `rank` on.
+
+    Strided, so that the first k-th of every rank's share is the first k-th of the draw: a batch
+    that several optimizer steps consume is cut into the same steps on any number of ranks.
 
     Parallelism: `rank` and `size` are of the data-parallel axis. Shares differ by at most one
     prompt when `size` does not divide the batch.
@@ -84,6 +87,4 @@ class DataParallelSlice:
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.sampler:
-            start = self.rank * len(batch) // self.size
-            stop = (self.rank + 1) * len(batch) // self.size
-            yield batch[start:stop]
+            yield batch[self.rank :: self.size]
