@@ -48,6 +48,7 @@ def prepare_process() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     _quieten_libraries()
     if not has_gpu():
         os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -60,9 +60,12 @@ def main() -> None:
     scores = accuracy.accuracy(accuracy.judged(groups), "accuracy")
     how = "greedy" if rollout.temperature == 0 else f"sampled at T={rollout.temperature:g}"
     table = Table("", "accuracy", title=f"{config.benchmark}: {len(prompts)} prompts, {how}")
+    unjudged = int(scores.pop("accuracy_unjudged", 0))
     for name, value in scores.items():
         table.add_row(name.removeprefix("accuracy/"), f"{value:.1%}")
     Console().print(table)
+    if unjudged:
+        print(f"{unjudged} responses could not be judged; they are in no denominator")
     if config.output:
         lines = [json.dumps(group_record(0, group)) for group in groups]
         Path(config.output).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import os
 import sys
 
 from megatron_mmr1.cli import load_config, run_main
-from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
+from megatron_mmr1.config.run_dir import check_num_ranks, new_run_name, open_run_dir
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.config.validate import validate
 
@@ -19,9 +19,12 @@ from megatron_mmr1.config.validate import validate
 def main() -> None:
     """Check, open the run folder on rank 0, train, and write the report."""
     config = load_config(GrpoConfig, "experiment", sys.argv[1:])
-    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
-    is_main = os.environ.get("RANK", "0") == "0"
-    run_dir = open_run_dir(config, config.run or new_run_name()) if is_main else None
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    validate(config, world_size)
+    is_main, run_dir = os.environ.get("RANK", "0") == "0", None
+    if is_main:
+        run_dir = open_run_dir(config, config.run or new_run_name())
+        check_num_ranks(run_dir, world_size)
 
     from megatron_mmr1 import device
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from megatron_mmr1 import cli
 from megatron_mmr1.config.model_folder import check_model_folder
-from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
+from megatron_mmr1.config.run_dir import check_num_ranks, new_run_name, open_run_dir
 from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, SftConfig
 from megatron_mmr1.config.validate import check_module, validate, validate_evaluate, validate_sft
 
@@ -273,13 +273,27 @@ def test_a_run_folder_records_the_config_and_is_taken_once(files: Path, tmp_path
     assert run_dir == tmp_path / "digits" / "first"
     assert "lr: 1.0e-05" in (run_dir / "config.yaml").read_text()
     assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    assert open_run_dir(config, "first") == run_dir  # refused before its first record: once more
+    other = replace(config, seed=7)
+    assert "is another run's and differs: seed=7 here" in message_of(open_run_dir, other, "first")
+    (run_dir / "metrics.jsonl").touch()
     message = message_of(open_run_dir, config, "first")
     assert message.startswith("run='first'")
     assert "resume=auto" in message
     assert open_run_dir(config, "second") == tmp_path / "digits" / "second"
     cold = sft(files, f"output_dir={tmp_path}")
-    assert open_run_dir(cold, "first") == tmp_path / "digits_sft" / "first"
+    cold_dir = open_run_dir(cold, "first")
+    assert cold_dir == tmp_path / "digits_sft" / "first"
+    (cold_dir / "metrics.jsonl").touch()
     assert "resume" not in message_of(open_run_dir, cold, "first")
+
+
+def test_resuming_needs_as_many_processes_as_the_checkpoint_was_saved_by(tmp_path: Path):
+    check_num_ranks(tmp_path, 2)  # nothing saved yet
+    (tmp_path / "checkpoints" / "step_2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_2" / "rng_0.pt").touch()
+    check_num_ranks(tmp_path, 1)
+    assert "saved by 1 processes, this is 2; start 1" in message_of(check_num_ranks, tmp_path, 2)
 
 
 def test_resuming_needs_the_saved_config(files: Path, tmp_path: Path):

@@ -195,15 +195,28 @@ def continued(runs: Runs, whole: Path) -> Continued:
 class Replays:
     two_ranks: Path
     too_strict: Finished
+    two_steps_a_batch: tuple[Path, Path]  # on one rank, and on two
 
 
 @pytest.fixture(scope="module")
 def replays(runs: Runs, whole: Path) -> Replays:
-    """The whole run's rollouts again: on two ranks, and with a bound that nothing can keep."""
-    two_ranks = runs.train("two_ranks", f"replay={whole}", ranks=2)
-    strict = runs.train("strict", f"replay={whole}", "rollout.max_logprob_diff=1e-12").wait()
+    """The whole run's rollouts again: on two ranks, with a bound that nothing can keep, and learnt
+    from in two optimizer steps a batch with everything else that a step can have.
+    """
+    replay = f"replay={whole}"
+    two_ranks = runs.train("two_ranks", replay, ranks=2)
+    strict = runs.train("strict", replay, "rollout.max_logprob_diff=1e-12").wait()
     two_ranks.wait().succeeded()
-    return Replays(runs.dir("two_ranks"), strict)
+    several = (
+        *(replay, "num_steps=2", "algorithm.optimizer_steps_per_batch=2"),
+        *("algorithm.kl_coefficient=0.1", "algorithm.aggregation=sequence_mean"),
+        "rollout.max_logprob_diff=10",  # the recorded rollouts are of other weights from step 2 on
+    )
+    on_one = runs.train("several_one", *several)
+    runs.train("several_two", *several, ranks=2).wait().succeeded()
+    on_one.wait().succeeded()
+    both = runs.dir("several_one"), runs.dir("several_two")
+    return Replays(runs.dir("two_ranks"), strict, both)
 
 
 def test_a_run_leaves_its_records_and_its_report(whole: Path):
@@ -285,6 +298,18 @@ def test_two_ranks_compute_what_one_computes(replays: Replays, whole: Path):
     stats, expected = read_prompt_stats(replays.two_ranks), read_prompt_stats(whole)
     for column in expected:
         np.testing.assert_array_equal(stats[column], expected[column], column)
+
+
+def test_two_ranks_take_the_same_several_steps_a_batch(replays: Replays):
+    """With frozen old log-probs, a reference model and sequence-mean; bounds as above."""
+    on_one, on_two = replays.two_steps_a_batch
+    for two, one in zip(read_metrics(on_two), read_metrics(on_one), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-6, abs=1e-6)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
+        assert two["kl/mean"] == pytest.approx(one["kl/mean"], rel=1e-4, abs=1e-9)
+    assert read_metrics(on_one)[-1]["kl/mean"] > 0
+    two, one = (load_file(d / "hf" / "model.safetensors") for d in (on_two, on_one))
+    assert max(relative_difference(two[name], one[name]) for name in one) <= 1e-5
 
 
 def test_evaluate_agrees_with_the_runs_own_last_evaluation(continued: Continued, whole: Path):

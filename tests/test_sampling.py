@@ -126,7 +126,7 @@ def test_fewer_positive_scores_than_scored_draws_leaves_the_rest_to_the_uniform_
     sampler = _sampler(mixture_ratio=1.0, alpha=1.0, beta=0.0, update_every=1)
     sampler.observe(0, [_stats(i, 4 if i == 3 else 0) for i in range(10)])
     for batch in _draw(sampler, 50):
-        assert batch[0] == 3 and len(set(batch)) == 4
+        assert 3 in batch and len(set(batch)) == 4
 
 
 def test_scores_change_only_every_update_every_steps():
@@ -242,7 +242,7 @@ def test_slices_of_all_ranks_make_the_batch(size, batch_size):
         shares = [next(one) for one in slices]
         batch = whole.next_batch()
         assert sorted(itertools.chain(*shares)) == sorted(batch)
-        # Every rank's first prompts are the draw's first ones: several optimizer steps cut it alike.
+        # Every rank's first prompts are the first drawn: several optimizer steps cut it alike.
         assert sorted(share[0] for share in shares) == sorted(batch[:size])
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

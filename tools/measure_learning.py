@@ -9,6 +9,7 @@ reused, so an interrupted measurement goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def _run_seed(experiment: str, seed: int) -> dict[str, float]:
     cold_start = Path("outputs/digits_sft") / run
     run_dir = Path("outputs") / experiment / run
     if not (cold_start / "hf").exists():
+        shutil.rmtree(cold_start, ignore_errors=True)  # a cold start has no resume
         _python("megatron_mmr1.sft", f"run={run}", f"seed={seed}")
     if not (run_dir / "hf").exists():
         _python(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_mmr1 import device
 from megatron_mmr1.algorithms.advantages import group_advantages
-from megatron_mmr1.algorithms.grpo_loss import token_weights
+from megatron_mmr1.algorithms.grpo_loss import loss_counts, token_weights
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.types import Demonstration, MicroBatch, Prompt, ScoredGroup
 
@@ -92,10 +92,10 @@ def micro_batches(
     so that the step's loss does not change with `micro_batch_size` or with the number of ranks. One
     all-reduce.
     """
-    kept = [s for s in samples if s.is_kept and len(s.response_token_ids)]
-    counts = parallel.sum_over_dp(
-        {"tokens": sum(len(s.response_token_ids) for s in kept), "sequences": len(kept)}
-    )
+    lengths_N = torch.tensor([len(s.response_token_ids) for s in samples])
+    mask_NS = torch.arange(int(lengths_N.max())) < lengths_N.unsqueeze(1)
+    mine = loss_counts(mask_NS, torch.tensor([s.is_kept for s in samples]))
+    counts = parallel.sum_over_dp({"tokens": mine[0], "sequences": mine[1]})
     totals = int(counts["tokens"]), int(counts["sequences"])
     return [
         _micro_batch(part, aggregation, *totals, images)

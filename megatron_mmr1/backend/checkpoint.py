@@ -72,12 +72,12 @@ class Checkpoints:
             shutil.copy2(self._run_dir / "config.yaml", partial / "config.yaml")
         parallel.barrier()
         if parallel.is_main():
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
             if is_best:
                 best = self._root / (_BEST + ".new")
                 best.write_text(f"step_{step}\n")
                 best.rename(self._root / _BEST)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
             self._prune()
         parallel.barrier()
 

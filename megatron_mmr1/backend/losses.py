@@ -94,6 +94,8 @@ def grpo(config: AlgorithmConfig, rule: SoftmaxRule) -> LossFunction:
             "tokens/response": float(diff_R.numel()),
             "tokens/nonfinite": float(result.num_nonfinite),
         }
+        if batch.old_logprobs_NS is not None:
+            sums["policy_kl/mean"] = float(result.policy_kl)
         if batch.ref_logprobs_NS is not None:
             sums["kl/mean"] = float(result.kl)
         return LossResult(result.loss, sums, {"logprob_diff/max": float(diff_R.max())})

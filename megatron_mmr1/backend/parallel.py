@@ -25,13 +25,18 @@ def initialize(config: ParallelConfig, seed: int) -> None:
     Raises:
         ValueError: a single process finds its MASTER_PORT taken.
     """
-    if "RANK" not in os.environ:
+    alone = "RANK" not in os.environ
+    if alone:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        _check_port_is_free(int(os.environ["MASTER_PORT"]))
     if device.has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(device.collective_backend(), timeout=timedelta(minutes=30))
+    dist.init_process_group(
+        device.collective_backend(),
+        timeout=timedelta(minutes=30),
+        store=_loopback_store() if alone else None,
+        rank=0 if alone else -1,
+        world_size=1 if alone else -1,
+    )
     with device.seam():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tp_size,
@@ -114,19 +119,23 @@ def barrier() -> None:
     dist.barrier()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _check_port_is_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _loopback_store() -> dist.TCPStore:
+    """A store that listens on 127.0.0.1 only (torch's own listens on every interface)."""
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    with socket.socket() as listener:
         try:
-            probe.bind(("127.0.0.1", port))
+            listener.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(
                 f"MASTER_PORT={port} is in use on 127.0.0.1 ({error.strerror}); "
                 "choose another with MASTER_PORT=NNNN, or leave it unset to have a free one picked"
             ) from error
+        listener.listen()
+        os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
+        return dist.TCPStore(
+            "127.0.0.1",
+            int(os.environ["MASTER_PORT"]),
+            world_size=1,
+            is_master=True,
+            master_listen_fd=listener.detach(),
+        )

@@ -57,7 +57,9 @@ class MegatronPolicy:
         num_steps: int,
         keep_reference: bool = False,
     ) -> None:
-        hf_config: Any = AutoConfig.from_pretrained(model.path, local_files_only=True)
+        hf_config: Any = AutoConfig.from_pretrained(
+            model.path, local_files_only=True, trust_remote_code=False
+        )
         if hf_config.model_type not in FAMILIES:
             raise ValueError(
                 f"model.path={model.path!r} is a {hf_config.model_type!r} model; "
@@ -84,7 +86,6 @@ class MegatronPolicy:
             self.optimizer, self.schedule = build_optimizer(optimizer, num_steps, self.model, dtype)
         self.module.config.no_sync_func = self.model.no_sync
         self.module.config.finalize_model_grads_func = _sum_gradients_over_ranks
-        self.num_parameters = sum(p.numel() for p in self.module.parameters())
         self._reference = (
             [p.detach().clone() for p in self.module.parameters()] if keep_reference else None
         )

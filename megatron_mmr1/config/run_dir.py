@@ -58,7 +58,9 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
     text = OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, run=run_name)))
     run_dir.mkdir(parents=True, exist_ok=True)
     if any(run_dir.iterdir()):
-        if is_sft or config.resume == "never":
+        # A run that was refused before its first record may try again, with the same config.
+        has_records = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
+        if has_records and (is_sft or config.resume == "never"):
             or_resume = "" if is_sft else "resume=auto to continue it, or "
             raise ValueError(f"run={run_name!r}: {run_dir} is in use; use {or_resume}another run=")
         _check_same_config(run_dir, text)
@@ -69,11 +71,28 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
     return run_dir
 
 
+def check_num_ranks(run_dir: Path, world_size: int) -> None:
+    """Refuse to resume on another number of processes than the newest checkpoint was saved by.
+
+    Raises:
+        ValueError: the numbers differ (each process has its own generator state there).
+    """
+    steps = [int(f.name.removeprefix("step_")) for f in run_dir.glob("checkpoints/step_*")]
+    if steps:
+        newest = run_dir / "checkpoints" / f"step_{max(steps)}"
+        saved = len(list(newest.glob("rng_*.pt")))
+        if saved != world_size:
+            raise ValueError(
+                f"resume='auto': {newest} was saved by {saved} processes, this is {world_size}; "
+                f"start {saved}, or another run="
+            )
+
+
 def _check_same_config(run_dir: Path, text: str) -> None:
     """Refuse to resume with another config than the one saved."""
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"resume='auto': {run_dir} has no {CONFIG_FILE}; use another run=")
+        raise ValueError(f"{run_dir} is in use and has no {CONFIG_FILE}; use another run=")
     saved = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
     ours = _flatten(OmegaConf.to_container(OmegaConf.create(text)))
     differing = [
@@ -83,7 +102,7 @@ def _check_same_config(run_dir: Path, text: str) -> None:
     ]
     if differing:
         raise ValueError(
-            f"resume='auto': {path} differs: {'; '.join(differing)}; "
+            f"{path} is another run's and differs: {'; '.join(differing)}; "
             "give the saved values, or another run="
         )
 

@@ -68,19 +68,25 @@ class SamplerConfig:
 
 
 @dataclass
-class RolloutConfig:
-    """Sampling by the engine.
+class EngineConfig:
+    """The engine, and how it samples.
 
-    Top-p and top-k must stay off in training: the trainer's softmax has no counterpart.
+    Top-p and top-k must stay off: the trainer's softmax has no counterpart.
     """
 
-    group_size: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
     max_response_tokens: int = MISSING
     max_images_per_prompt: int = 1
     kv_cache_bytes: int = 256 << 20
+
+
+@dataclass
+class RolloutConfig(EngineConfig):
+    """Rollouts for training: groups, and how far engine and trainer may differ."""
+
+    group_size: int = 8
     max_logprob_diff: float = (
         0.01  # mean |trainer - rollout| above which the run stops; about 0.1 in bfloat16
     )
@@ -179,5 +185,5 @@ class EvaluateConfig:
     output: str | None = None
     seed: int = 0
     samples_per_prompt: int = 1
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -14,6 +14,7 @@ from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import check_folder_name
 from megatron_mmr1.config.schema import (
     AlgorithmConfig,
+    EngineConfig,
     EvaluateConfig,
     GrpoConfig,
     ModelConfig,
@@ -52,11 +53,8 @@ def validate(config: GrpoConfig, world_size: int) -> None:
         check_folder_name("run", config.run)
     elif config.resume == "auto":
         raise ValueError("resume='auto' needs the name of the run to continue; add run=NAME")
-    if config.replay is not None and not (Path(config.replay) / "rollouts").is_dir():
-        raise ValueError(
-            f"replay={config.replay!r} has no rollouts/ folder; "
-            "give the folder of an earlier run, as in outputs/EXPERIMENT/RUN"
-        )
+    if config.replay is not None:
+        _check_replay(Path(config.replay), config.num_steps)
     _check_run(config.seed, config.num_steps, config.micro_batch_size)
     _check_model(config.model)
     _check_parallel(config.parallel)
@@ -123,7 +121,15 @@ def validate_evaluate(config: EvaluateConfig) -> None:
     for key, off in (("top_p", 1.0), ("top_k", 0)):
         value = getattr(config.rollout, key)
         _require(value == off, f"rollout.{key}", value, f"is not available yet; use {off}")
-    _check_rollout(config.rollout)
+    _require(
+        config.rollout.temperature > 0 or config.samples_per_prompt == 1,
+        "samples_per_prompt",
+        config.samples_per_prompt,
+        "draws the same greedy response again; use 1, or rollout.temperature above 0",
+    )
+    if config.output is not None and not Path(config.output).parent.is_dir():
+        raise ValueError(f"output={config.output!r}: its folder does not exist; make it first")
+    _check_engine(config.rollout)
     _check_reward(config.reward)
     check_data_file("data", config.data)
     check_model_folder(config.model, "model")
@@ -156,6 +162,17 @@ def check_module(module: str) -> None:
     if find_spec(parent) is None or find_spec(module) is None:
         remedy = _MODULE_REMEDIES.get(module, f"run `make setup` (or `pip install {module}`)")
         raise ValueError(f"the module {module} is not installed; {remedy}")
+
+
+def _check_replay(run_dir: Path, num_steps: int) -> None:
+    recorded = sorted((run_dir / "rollouts").glob("step_*.jsonl"))
+    if not recorded:
+        raise ValueError(
+            f"replay={str(run_dir)!r} has no rollouts/ folder with steps; "
+            "give the folder of an earlier run, as in outputs/EXPERIMENT/RUN"
+        )
+    last = int(recorded[-1].stem.removeprefix("step_"))
+    _require(last >= num_steps, "num_steps", num_steps, f"exceeds the run to replay; use {last}")
 
 
 def _check_run(seed: int, num_steps: int, micro_batch_size: int) -> None:
@@ -223,14 +240,14 @@ def _check_training_rollout(config: RolloutConfig) -> None:
     why = "would sample from a cut distribution, for which the trainer's softmax has no counterpart"
     _require(config.top_p == 1, "rollout.top_p", config.top_p, f"{why}; use 1.0")
     _require(config.top_k == 0, "rollout.top_k", config.top_k, f"{why}; use 0 (off)")
-    _check_rollout(config)
+    _positive("rollout.max_logprob_diff", config.max_logprob_diff)
+    _check_engine(config)
 
 
-def _check_rollout(config: RolloutConfig) -> None:
+def _check_engine(config: EngineConfig) -> None:
     _at_least("rollout.max_response_tokens", config.max_response_tokens, 1)
     _at_least("rollout.max_images_per_prompt", config.max_images_per_prompt, 0)
     _at_least("rollout.kv_cache_bytes", config.kv_cache_bytes, 1)
-    _positive("rollout.max_logprob_diff", config.max_logprob_diff)
 
 
 def _check_reward(config: RewardConfig) -> None:

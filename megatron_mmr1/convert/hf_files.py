@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_mmr1.config.model_folder import check_model_folder
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -31,25 +33,13 @@ class HfWeights:
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, Path]:
+        check_model_folder(self.folder)
         index = self.folder / _INDEX
         if index.exists():
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            missing = sorted({f for f in weight_map.values() if not (self.folder / f).exists()})
-            if missing:
-                raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
             return {name: self.folder / file for name, file in weight_map.items()}
-        single = self.folder / _SINGLE
-        if not single.exists():
-            raise ValueError(
-                f"model.path={str(self.folder)!r} holds neither {_SINGLE} nor {_INDEX}; "
-                "give a Hugging Face folder with safetensors (pickled weights are not read)"
-            )
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single)
-
-    def names(self) -> set[str]:
-        """Return every tensor's name."""
-        return set(self._file_of)
+        with safe_open(self.folder / _SINGLE, "pt") as file:
+            return dict.fromkeys(file.keys(), self.folder / _SINGLE)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._file_of:

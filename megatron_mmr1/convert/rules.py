@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["replicated", "column", "row", "vocab", "qkv", "gated"]
+Kind = Literal["replicated", "row", "vocab", "qkv", "gated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Rule:
     Attributes:
         megatron: name with `*` for a layer number (one at most) or, at the end, `**` for any
             suffix.
-        kind: the layout. replicated, column, row and vocab hold one tensor as it is and say which
-            dim tensor parallelism cuts (none, 0, 1, 0); qkv interleaves q, k and v by key/value
+        kind: the layout. replicated, row and vocab hold one tensor as it is and say which dim
+            tensor parallelism cuts (none, 1, 0); qkv interleaves q, k and v by key/value
             head; gated stacks gate over up.
         hf: names in the order that the kind expects, with the same `*` or `**`.
     """

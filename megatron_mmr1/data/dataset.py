@@ -89,7 +89,10 @@ class _ParquetRows:
     def _read_table(self) -> pa.Table:
         if not self.path.is_file():
             raise ValueError(f"{self.path} does not exist; give the path of a parquet file")
-        table = pq.read_table(self.path)
+        try:
+            table = pq.read_table(self.path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{self.path} is not a parquet file ({error})") from error
         allowed = {*self.required_columns, *self.optional_columns}
         expected = f"expected {', '.join(self.required_columns)}, and optionally id, category"
         for column in self.required_columns:
@@ -147,11 +150,10 @@ class _ParquetRows:
         """The encoded images of a row: its own bytes, or files below the parquet file's folder."""
         files = []
         for image in row["images"] or []:
-            if image is None or (image["bytes"] is None and not image["path"]):
+            data, path = (image.get("bytes"), image.get("path")) if image else (None, None)
+            if data is None and not path:
                 raise ValueError("an image has neither bytes nor path")
-            files.append(
-                image["bytes"] if image["bytes"] is not None else self._read_file(image["path"])
-            )
+            files.append(data if data is not None else self._read_file(str(path)))
         return files
 
     def _read_file(self, name: str) -> bytes:

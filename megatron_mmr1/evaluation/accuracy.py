@@ -42,7 +42,7 @@ def judged(groups: Sequence[ScoredGroup]) -> list[Judged]:
 def accuracy(responses: Sequence[Judged], name: str) -> dict[str, float]:
     """Return `name`: the share of correct among judged responses, and `name/CATEGORY` likewise.
 
-    What could not be judged is in no denominator; it is counted under `name/could_not_judge`.
+    What could not be judged is in no denominator; it is counted under `name_unjudged`.
     """
     metrics = {name: _share_correct(responses)}
     for category in sorted({r.category for r in responses} - {""}):
@@ -50,7 +50,7 @@ def accuracy(responses: Sequence[Judged], name: str) -> dict[str, float]:
             [r for r in responses if r.category == category]
         )
     unjudged = sum(r.outcome == "could_not_judge" for r in responses)
-    return metrics | ({f"{name}/could_not_judge": float(unjudged)} if unjudged else {})
+    return metrics | ({f"{name}_unjudged": float(unjudged)} if unjudged else {})
 
 
 def _share_correct(responses: Sequence[Judged]) -> float:

@@ -31,7 +31,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
-from megatron_mmr1.config.schema import RolloutConfig
+from megatron_mmr1.config.schema import EngineConfig
 from megatron_mmr1.rollout.engine import Sampling, request_seed
 from megatron_mmr1.types import FinishReason, Prompt, Rollout, RolloutGroup
 
@@ -55,11 +55,13 @@ class VllmEngine:
         self,
         model: str,
         dtype: str,
-        config: RolloutConfig,
+        config: EngineConfig,
         banned_token_ids: Sequence[int],
         max_prompt_tokens: int,
     ) -> None:
-        hf_config = AutoConfig.from_pretrained(model, local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(
+            model, local_files_only=True, trust_remote_code=False
+        )
         self._image_token_id: int = hf_config.image_token_id
         self._mm_fields = _create_qwen2vl_field_factory(hf_config.vision_config.spatial_merge_size)
         max_model_len = max_prompt_tokens + config.max_response_tokens

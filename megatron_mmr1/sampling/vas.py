@@ -68,10 +68,15 @@ class VasSampler(UniformSampler):
         self.num_scored = num_scored_draws(config.mixture_ratio, batch_size)
 
     def next_batch(self) -> list[int]:
-        """Draw the scored half, then the uniform half among the other prompts."""
+        """Draw the scored half, then the uniform half among the other prompts, and shuffle the two.
+
+        Shuffled, since several optimizer steps may cut a batch in its order.
+        """
         scored = []
         if self.num_scored > 0:
             scored = draw_by_weight(self.rng, self.scores.vps, self.num_scored)
         batch = scored + self._draw_from_pass(self.batch_size - len(scored), taken=scored)
+        if 0 < len(scored) < len(batch):
+            batch = self.rng.permutation(batch).tolist()
         self.scores.draws[batch] += 1
         return batch

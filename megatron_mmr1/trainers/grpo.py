@@ -20,7 +20,7 @@ from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
 from megatron_mmr1.rollout.engine import Sampling
 from megatron_mmr1.sampling.statistics import prompt_stats
-from megatron_mmr1.trainers.reporting import RunRecords
+from megatron_mmr1.trainers.reporting import Recorder
 from megatron_mmr1.trainers.setup import Parts, build_parts
 from megatron_mmr1.types import MicroBatch, ScoredGroup
 
@@ -35,10 +35,10 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
     with build_parts(config, run_dir) as parts:
         start, best = _resume(config, parts)
         parts.sync.push(version=start)
-        records = RunRecords(run_dir, start)
+        records = Recorder(run_dir, start)
         with Progress(config.num_steps, start, "GRPO", is_quiet=not parallel.is_main()) as progress:
             if start == 0 and config.replay is None:
-                records.write_metrics(0, _evaluate(config, parts))
+                records.write_metrics(0, _evaluate(config, parts) | parts.timers.pop())
             for step in range(start + 1, config.num_steps + 1):
                 is_last, is_best = step == config.num_steps, False
                 with parts.timers.phase("step"):
@@ -131,7 +131,7 @@ def _stop_if_untrustworthy(metrics: dict[str, float], config: GrpoConfig) -> Non
             f"{metrics['tokens/nonfinite']:.0f} response tokens have a log-prob that is not "
             "finite: the run has diverged; resume from a checkpoint with a lower optimizer.lr"
         )
-    if metrics["logprob_diff/mean"] > config.rollout.max_logprob_diff:
+    if not metrics["logprob_diff/mean"] <= config.rollout.max_logprob_diff:  # NaN stops it too
         raise RuntimeError(
             "the trainer's and the engine's log-probs differ by "
             f"{metrics['logprob_diff/mean']:.2e} on average, above "

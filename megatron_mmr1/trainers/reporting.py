@@ -13,21 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mmr1.backend import parallel
-from megatron_mmr1.data.dataset import BadRow
+from megatron_mmr1.data.dataset import DemonstrationDataset, PromptDataset
 from megatron_mmr1.observability.metrics import MetricsWriter, truncate_after
 from megatron_mmr1.observability.prompt_stats import append_prompt_stats
 from megatron_mmr1.observability.rollouts import write_rollouts
 from megatron_mmr1.types import ScoredGroup
 
 
-class RunRecords:
+class Recorder:
     """The run folder's records, opened at the step that the run goes on from."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         self._run_dir = run_dir
         self._writer: MetricsWriter | None = None
         if parallel.is_main():
-            truncate_after(run_dir, start_step)
+            # From the start: also a step 0 that an earlier try wrote before its first checkpoint.
+            truncate_after(run_dir, start_step if start_step > 0 else -1)
             self._writer = MetricsWriter(run_dir)
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -56,12 +57,16 @@ class RunRecords:
             self._writer.close()
 
 
-def report_bad_rows(run_dir: Path, source: str, rows: Sequence[BadRow], num_good: int) -> None:
-    """Write rows that were set aside to `bad_rows.jsonl`, and say how many."""
-    if not rows or not parallel.is_main():
+def report_bad_rows(
+    run_dir: Path, datasets: Sequence[PromptDataset | DemonstrationDataset]
+) -> None:
+    """Write the rows that were set aside to `bad_rows.jsonl`, anew, and say how many; rank 0."""
+    bad = [(str(d.path), row) for d in datasets for row in d.bad_rows]
+    if not bad or not parallel.is_main():
         return
     path = run_dir / "bad_rows.jsonl"
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps({"source": source} | asdict(row)) + "\n")
-    print(f"{source}: {len(rows)} bad rows set aside, {num_good} used; see {path}")
+    lines = [json.dumps({"source": source} | asdict(row)) + "\n" for source, row in bad]
+    path.write_text("".join(lines), encoding="utf-8")
+    for dataset in datasets:
+        if dataset.bad_rows:
+            print(f"{dataset.path}: {len(dataset.bad_rows)} bad rows set aside, see {path}")

@@ -60,8 +60,7 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
         PromptDataset(path, processor, config.data.max_prompt_tokens)
         for path in (config.data.train, config.data.heldout)
     )
-    report_bad_rows(run_dir, config.data.train, train_set.bad_rows, len(train_set))
-    report_bad_rows(run_dir, config.data.heldout, heldout_set.bad_rows, len(heldout_set))
+    report_bad_rows(run_dir, [train_set, heldout_set])
     rank, size = parallel.dp_rank(), parallel.dp_size()
     sampler = build_sampler(
         train_set.prompt_ids,

@@ -27,7 +27,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     """
     processor = PromptProcessor(config.model.path)
     dataset = DemonstrationDataset(config.data, processor)
-    report_bad_rows(run_dir, config.data, dataset.bad_rows, len(dataset))
+    report_bad_rows(run_dir, [dataset])
     policy = MegatronPolicy(config.model, config.parallel, config.optimizer, config.num_steps)
     sampler = build_sampler(
         dataset.prompt_ids,
