@@ -11,8 +11,6 @@ UV_VERSION := 0.13.9
 # One torch thread a process, nothing fetched from a hub.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
-# Errors of torch's C++ side, not its notices (vLLM binds memory to a NUMA node and says so).
-export TORCH_CPP_LOG_LEVEL ?= ERROR
 
 .PHONY: help setup demo test test-slow check learning clean
 

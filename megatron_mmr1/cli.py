@@ -92,6 +92,8 @@ def run_main(main: Callable[[], None]) -> None:
     must have spoken by then. A rank that is still there after the wait is alone with its fault and
     prints it, with its rank.
     """
+    # Before torch is imported: its C++ side then shows errors, not notices.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main()
     except ValueError as error:

@@ -59,7 +59,8 @@ def main() -> None:
         groups = accuracy.generate_and_judge(engine, verifier, prompts, sampling)
     scores = accuracy.accuracy(accuracy.judged(groups), "accuracy")
     how = "greedy" if rollout.temperature == 0 else f"sampled at T={rollout.temperature:g}"
-    table = Table("", "accuracy", title=f"{config.benchmark}: {len(prompts)} prompts, {how}")
+    print(f"{config.benchmark}: {len(prompts)} prompts, {how}")
+    table = Table("", "accuracy")
     unjudged = int(scores.pop("accuracy_unjudged", 0))
     for name, value in scores.items():
         table.add_row(name.removeprefix("accuracy/"), f"{value:.1%}")

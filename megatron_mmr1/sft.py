@@ -19,6 +19,8 @@ def main() -> None:
     validate_sft(config, int(os.environ.get("WORLD_SIZE", "1")))
     is_main = os.environ.get("RANK", "0") == "0"
     run_dir = open_run_dir(config, config.run or new_run_name()) if is_main else None
+    if is_main:
+        print(f"run folder: {run_dir}; loading Megatron-Core takes a moment", flush=True)
 
     from megatron_mmr1 import device
 
