@@ -25,7 +25,6 @@ def main() -> None:
     if is_main:
         run_dir = open_run_dir(config, config.run or new_run_name())
         check_num_ranks(run_dir, world_size)
-    if is_main:
         print(f"run folder: {run_dir}; loading Megatron-Core and vLLM takes a moment", flush=True)
 
     from megatron_mmr1 import device

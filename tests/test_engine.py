@@ -136,6 +136,31 @@ def test_samples_depend_on_seed_step_and_prompt_alone(engine: RolloutEngine, pro
         assert len(set(here)) > 1, "samples of a group have seeds of their own"
 
 
+def test_more_prompts_than_a_scheduling_step_holds_are_all_sampled(
+    engine: RolloutEngine, prompts: list[Prompt]
+):
+    """Seeded requests: cutting one's prompt in two crashes vLLM on a CPU, so none may be cut.
+
+    A step takes 8,192 prompt tokens and 256 sequences. Of 63 tokens the first 32 are shared by a
+    group (the prefix cache's block), so 256 sequences of 32 groups have 8,960 to compute.
+    """
+    text = next(prompt for prompt in prompts if prompt.pixel_values is None)
+    length = 63
+    token_ids = text.token_ids.repeat(length)[:length]
+    positions = torch.arange(length).expand(3, length)
+    many = [
+        replace(
+            text,
+            prompt_id=f"long-{copy}",
+            token_ids=torch.cat([torch.tensor([8 + copy]), token_ids[1:]]),
+            position_ids=positions,
+        )
+        for copy in range(40)
+    ]
+    sampling = replace(SAMPLING, group_size=8, max_response_tokens=2)
+    assert all(len(group.rollouts) == 8 for group in generate(engine, many, sampling))
+
+
 def test_a_greedy_response_is_the_most_likely_token_each_time(
     engine: RolloutEngine,
     policy: MegatronPolicy,
