@@ -257,7 +257,7 @@ def test_phases_add_up_and_start_over():
         with timers.phase("rollout"):
             time.sleep(0.01)
     seconds = timers.pop()
-    assert list(seconds) == ["time/rollout_s"] and 0.02 <= seconds["time/rollout_s"] < 1
+    assert list(seconds) == ["time/rollout_s"] and seconds["time/rollout_s"] >= 0.02
     assert timers.pop() == {}
 
 
@@ -267,11 +267,10 @@ def test_progress_shows_the_step_and_keeps_the_last_evaluation(tmp_path, is_term
         console = Console(file=file, force_terminal=is_terminal, width=120)
         with Progress(20, initial=10, title="digits", console=console) as progress:
             progress.update(11, {"reward/mean": 1.5, "eval/accuracy_sampled": 0.25, "lr": 1.0})
-            progress.note("saved [bold]checkpoint[/bold]")
             progress.update(12, {"reward/mean": math.nan})
     shown = (tmp_path / "out").read_text()
     assert "held-out 25.0%" in shown.rsplit("reward -", 1)[1] and "12/20" in shown
-    assert "saved [bold]checkpoint[/bold]" in shown and "lr" not in shown
+    assert "lr" not in shown
 
 
 def test_transitions_count_only_prompts_that_both_updates_scored():

@@ -171,11 +171,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Make every `torch.load` inside refuse code,
-    also torch's checkpoint reader, which asks for it.
+    """Make every `torch.load` inside refuse to run code.
 
-    Objects among the tensors (`_extra_state`) are pickles, and it reads them with
-    weights_only=False.
+    Torch's own checkpoint reader would not: it reads the objects among the tensors, which are
+    pickles, with that check off.
     """
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(key)

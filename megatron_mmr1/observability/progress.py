@@ -73,10 +73,6 @@ class Progress:
             width = len(str(self._total))
             self._print(f"step {step:{width}}/{self._total}  {self._summary()}  {self._clock()}")
 
-    def note(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
-        self._print(text)
-
     def __enter__(self) -> Progress:
         self._start = time.monotonic()
         if self._live is not None:

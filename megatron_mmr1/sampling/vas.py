@@ -49,8 +49,7 @@ class VasSampler(UniformSampler):
 
     When fewer prompts than that have a positive score, the uniform half fills the batch; with all
     scores zero the whole batch is uniform. Before the first update all scores are 1. With lambda =
-    0 the draws are those of UniformSampler with the same seed. The scored draws come first in a
-    batch.
+    0 the draws are those of UniformSampler with the same seed.
 
     Raises:
         ValueError: two prompts share an id, or there are fewer prompts than a batch takes.
