@@ -137,33 +137,91 @@ class PromptStats:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Right-padded sequences for one forward and backward pass. R is the response part of S.
+class ResponseRows:
+    """What the loss knows of each response token; R of them, in packed order.
 
     Attributes:
-        token_ids_NS: int64; padding is 0 and lies to the right, so that causal attention never sees
-            it.
-        position_ids_3NS: int64 multimodal rotary positions.
-        pixel_values, image_grid_thw: of the batch's distinct prompts, each encoded once; None
-            without images.
-        visual_index: int64 [number of image tokens in token_ids_NS, row by row]: which visual
-            feature of the encoded prompts each one takes.
-        response_mask_NS: bool; True where the token at that position was sampled (or is to be
-            imitated).
-        advantages_N, rollout_logprobs_NS, token_weights_NS: float32. A token's weight is its share
-            of the loss, so that the loss of a step is the plain sum of weight * token loss over
-            micro-batches and ranks, whatever the split (see algorithms.grpo_loss.token_weights).
-        old_logprobs_NS, ref_logprobs_NS: float32, or None where the step doesn't need them.
+        target_ids_R: int64, the token that was sampled (or is to be imitated).
+        sample_R: int64, which of the step's samples the token belongs to.
+        token_weights_R: float32. A token's weight is its share of the loss, so that the loss of a
+            step is the plain sum of weight * token loss over micro-batches and ranks, whatever the
+            split (see algorithms.grpo_loss.token_weights).
+        advantages_R, rollout_logprobs_R: float32.
+        old_logprobs_R, ref_logprobs_R: float32, or None where the step doesn't need them.
     """
 
-    token_ids_NS: torch.Tensor
-    position_ids_3NS: torch.Tensor
-    pixel_values: torch.Tensor | None
-    image_grid_thw: torch.Tensor | None
-    visual_index: torch.Tensor
-    response_mask_NS: torch.Tensor
-    token_weights_NS: torch.Tensor
-    advantages_N: torch.Tensor | None = None
-    rollout_logprobs_NS: torch.Tensor | None = None
-    old_logprobs_NS: torch.Tensor | None = None
-    ref_logprobs_NS: torch.Tensor | None = None
+    target_ids_R: torch.Tensor
+    sample_R: torch.Tensor
+    token_weights_R: torch.Tensor
+    advantages_R: torch.Tensor
+    rollout_logprobs_R: torch.Tensor
+    old_logprobs_R: torch.Tensor | None = None
+    ref_logprobs_R: torch.Tensor | None = None
+
+    def take(self, index: torch.Tensor) -> ResponseRows:
+        """Return the rows at `index` (int64), in that order."""
+        old, ref = self.old_logprobs_R, self.ref_logprobs_R
+        return ResponseRows(
+            target_ids_R=self.target_ids_R[index],
+            sample_R=self.sample_R[index],
+            token_weights_R=self.token_weights_R[index],
+            advantages_R=self.advantages_R[index],
+            rollout_logprobs_R=self.rollout_logprobs_R[index],
+            old_logprobs_R=None if old is None else old[index],
+            ref_logprobs_R=None if ref is None else ref[index],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Sequences end to end (THD) for one forward and backward pass: T tokens, R response tokens.
+
+    The same on every tensor-, pipeline- and context-parallel rank of a replica; backend/layout.py
+    says which of it a rank computes. Padding lies to the right of each sequence and, as sequences
+    of its own, at the end; causal attention keeps it from real tokens and no row points to it.
+
+    Attributes:
+        token_ids_T: int64; padding is 0.
+        position_ids_3T: int64 multimodal rotary positions.
+        boundaries: where each padded sequence starts, and T.
+        visual_position_M, visual_feature_M: int64; the packed positions of image tokens, and which
+            row of the step's visual features each takes.
+        predicts_R: int64, the packed position whose logits predict each response token.
+        rows: what the loss needs of them.
+    """
+
+    token_ids_T: torch.Tensor
+    position_ids_3T: torch.Tensor
+    boundaries: tuple[int, ...]
+    visual_position_M: torch.Tensor
+    visual_feature_M: torch.Tensor
+    predicts_R: torch.Tensor
+    rows: ResponseRows
+
+
+@dataclass(frozen=True, slots=True)
+class PromptImages:
+    """All images of one prompt, encoded once a step however many responses use them.
+
+    Attributes:
+        pixel_values: float32 [patches, patch_dim].
+        image_grid_thw: int64 [I, 3].
+    """
+
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One optimizer step's share of a data-parallel rank.
+
+    Attributes:
+        micro_batches: as many on every data-parallel rank; one without rows only keeps the
+            collectives in step.
+        images: of each distinct prompt; the step's visual features are theirs in this order. Empty
+            on ranks that encode nothing.
+    """
+
+    micro_batches: tuple[PackedBatch, ...]
+    images: tuple[PromptImages, ...]

@@ -101,11 +101,16 @@ def _case(seed=0, num=6, length=5, dtype=torch.float64):
     kept[2] = False  # could not be judged
     old = randn(num, length) - 2
     now = (old + 0.3 * randn(num, length)).requires_grad_()
-    return now, old, randn(num), mask, kept, old + 0.3 * randn(num, length)
+    advantages = randn(num, 1)  # of a sequence, for each of its tokens
+    return now, old, advantages, mask, kept, old + 0.3 * randn(num, length)
 
 
-def _weights(mask, kept, aggregation):
-    return token_weights(mask, kept, aggregation, *loss_counts(mask, kept))
+def _weights(mask, kept, aggregation, counts=None):
+    """Each sequence's token weight at its response tokens, 0 elsewhere."""
+    lengths = mask.sum(dim=1)
+    counts = counts or loss_counts(lengths, kept)
+    weight_N = token_weights(lengths, kept, aggregation, *counts)
+    return torch.where(mask, weight_N.unsqueeze(1), 0.0)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
@@ -172,7 +177,7 @@ def test_on_policy_gradient_is_minus_weight_times_advantage():
     weights = _weights(mask, kept, "token_mean").double()
     result = grpo_loss(now, now, advantages, weights, clip_low=0.2, clip_high=0.2)
     (gradient,) = torch.autograd.grad(result.loss, now)
-    torch.testing.assert_close(gradient, -weights * advantages[:, None], rtol=1e-14, atol=0)
+    torch.testing.assert_close(gradient, -weights * advantages, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("gap", [-25.0, 25.0, 1000.0])
@@ -183,7 +188,7 @@ def test_log_ratios_beyond_the_clamp_have_zero_gradient(gap):
     result = grpo_loss(
         now,
         torch.zeros(1, 2),
-        torch.tensor([-1.0]),
+        torch.tensor([[-1.0]]),
         weights,
         clip_low=0.2,
         clip_high=0.2,
@@ -204,7 +209,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split_or_on_padding(aggregation,
     (expected,) = torch.autograd.grad(whole.loss, now)
     # every part counts its own rows; the sums are the global denominators
     parts = torch.arange(6).flip(0).split(splits)
-    counts = [loss_counts(mask[part], kept[part]) for part in parts]
+    counts = [loss_counts(mask[part].sum(dim=1), kept[part]) for part in parts]
     num_tokens, num_sequences = (sum(column) for column in zip(*counts, strict=True))
     total, clip_fraction = torch.zeros(()).double(), torch.zeros(())
     for part in parts:
@@ -212,8 +217,8 @@ def test_loss_and_gradient_do_not_depend_on_the_split_or_on_padding(aggregation,
         def pad(values, fill, part=part):
             return torch.nn.functional.pad(values[part], (0, 3), value=fill)
 
-        weights = token_weights(
-            pad(mask, False), kept[part], aggregation, num_tokens, num_sequences
+        weights = _weights(
+            pad(mask, False), kept[part], aggregation, (num_tokens, num_sequences)
         )
         result = grpo_loss(
             pad(now, NAN), pad(old, 7.0), advantages[part], weights, clip_low=0.2, clip_high=0.2
@@ -237,13 +242,13 @@ def test_weights_sum_to_one_and_are_zero_where_nothing_is_kept():
         nothing = _weights(mask, torch.zeros_like(kept), aggregation)
         assert (nothing == 0).all() and nothing.isfinite().all()
     with pytest.raises(ValueError, match=r"algorithm\.aggregation"):
-        token_weights(mask, kept, "mean", 1, 1)
+        token_weights(mask.sum(dim=1), kept, "mean", 1, 1)
 
 
 def test_huge_numbers_at_weight_zero_stay_out_of_loss_and_gradient():
     now = torch.tensor([[-1.0, -1.0], [80.0, -1.0]], requires_grad=True)
     weights = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    advantages = torch.tensor([1.0, -3e38])  # times the ratio: infinite, and 0 * inf is NaN
+    advantages = torch.tensor([[1.0], [-3e38]])  # times the ratio: infinite, and 0 * inf is NaN
     result = grpo_loss(
         now, torch.full((2, 2), -1.0), advantages, weights, clip_low=0.2, clip_high=0.2
     )

@@ -2,7 +2,8 @@
 
 The definition, without padding tricks or parallelism: no collective runs here. Masking is by
 `where` on the INPUTS, never by multiplying, so that whatever stands at a masked position reaches
-neither the loss nor a gradient. Legend: N sequences, S positions, V vocabulary.
+neither the loss nor a gradient. Losses are sums over tokens in any arrangement: packed or padded.
+Legend: N sequences, S positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -49,54 +50,53 @@ def selective_logprobs(
     return logprobs_NS, entropy_NS
 
 
-def loss_counts(mask_NS: Tensor, kept_N: Tensor) -> tuple[int, int]:
-    """Count the (tokens, sequences) that `token_weights` divides by, in these rows only.
+def loss_counts(lengths_N: Tensor, kept_N: Tensor) -> tuple[int, int]:
+    """Count the (tokens, sequences) that `token_weights` divides by.
 
-    Counted are the response tokens of kept sequences, and the kept sequences that have any. Sum
-    both over micro-batches and data-parallel ranks before use.
+    Counted are the response tokens of kept sequences, and the kept sequences that have any. For a
+    step's denominators give the sequences of all micro-batches and data-parallel ranks.
     """
-    num_tokens_N = torch.where(kept_N, mask_NS.sum(dim=1), 0)
+    num_tokens_N = torch.where(kept_N, lengths_N, 0)
     return int(num_tokens_N.sum()), int((num_tokens_N > 0).sum())
 
 
 def token_weights(
-    mask_NS: Tensor,
+    lengths_N: Tensor,
     kept_N: Tensor,
     aggregation: str,
     num_tokens: int,
     num_sequences: int,
 ) -> Tensor:
-    """Each token's share of the loss: a step's loss is the plain sum of weight * token loss.
+    """The share of the loss that each token of a sequence has.
 
-    The denominators are global, so that the sum does not depend on the split. With "token_mean" a
-    weight is one over `num_tokens`: the number of judged response tokens in the optimizer step's
-    global batch. With "sequence_mean" it is one over (the sequence's own number of response tokens,
-    times `num_sequences`: the number of judged, non-empty sequences in the optimizer step's global
-    batch). Global = over all micro-batches and all data-parallel ranks, as `loss_counts` counts
-    them; ranks then add gradients, they do not average them. A token that turns out non-finite
-    stays in the denominator.
+    A step's loss is the plain sum of weight * token loss. The denominators are global, so that the
+    sum does not depend on the split. With "token_mean" a weight is one over `num_tokens`: the
+    number of judged response tokens in the optimizer step's global batch. With "sequence_mean" it
+    is one over (the sequence's own number of response tokens, times `num_sequences`: the number of
+    judged, non-empty sequences in the optimizer step's global batch). Global = over all
+    micro-batches and all data-parallel ranks, as `loss_counts` counts them; ranks then add
+    gradients, they do not average them. A token that turns out non-finite stays in the denominator.
 
     Args:
-        mask_NS: bool, True at response tokens.
+        lengths_N: int64, response tokens of each sequence.
         kept_N: bool, False for a sequence that could not be judged: weight 0, and not counted.
 
     Returns:
-        float32 [N, S]; zero outside the response. All zero when nothing is kept.
+        float32 [N]; all zero when nothing is kept.
 
     Raises:
         ValueError: unknown aggregation.
     """
-    length_N1 = mask_NS.sum(dim=1, keepdim=True)
     if aggregation == "token_mean":
-        denominator_N1 = torch.full_like(length_N1, num_tokens)
+        denominator_N = torch.full_like(lengths_N, num_tokens)
     elif aggregation == "sequence_mean":
-        denominator_N1 = length_N1 * num_sequences
+        denominator_N = lengths_N * num_sequences
     else:
         raise ValueError(
             f"algorithm.aggregation={aggregation!r} is unknown; use token_mean or sequence_mean"
         )
-    weight_N1 = denominator_N1.clamp(min=1).to(torch.float64).reciprocal().to(torch.float32)
-    return torch.where(mask_NS & kept_N.unsqueeze(1), weight_N1, 0.0)
+    weight_N = denominator_N.clamp(min=1).to(torch.float64).reciprocal().to(torch.float32)
+    return torch.where(kept_N, weight_N, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class GrpoLoss:
 def grpo_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
-    advantages_N: Tensor,
+    advantages: Tensor,
     token_weights: Tensor,
     *,
     clip_low: float,
@@ -139,10 +139,10 @@ def grpo_loss(
     outside. The denominator is in `token_weights`.
 
     Args:
-        logprobs: float32 or float64 [N, S], with gradient.
-        old_logprobs, ref_logprobs: [N, S], constants; their gradients are cut.
-        advantages_N: one a sequence.
-        token_weights: [N, S], from `token_weights`; a token of weight 0 may hold anything.
+        logprobs: float32 or float64, with gradient; one a token, in any shape.
+        old_logprobs, ref_logprobs: of that shape, constants; their gradients are cut.
+        advantages: each token's, its sequence's; of that shape, or one that broadcasts to it.
+        token_weights: of that shape, from `token_weights`; a token of weight 0 may hold anything.
 
     Raises:
         ValueError: a KL coefficient without a reference.
@@ -152,35 +152,35 @@ def grpo_loss(
             f"algorithm.kl_coefficient={kl_coefficient} needs reference log-probabilities;"
             " pass them or set it to 0"
         )
-    constants = [old_logprobs.detach(), advantages_N.detach().unsqueeze(1)]
+    constants = [old_logprobs.detach(), advantages.detach()]
     if ref_logprobs is not None:
         constants.append(ref_logprobs.detach())
-    is_weighted_NS = token_weights != 0
-    is_finite_NS = logprobs.detach().isfinite()
+    is_weighted = token_weights != 0
+    is_finite = logprobs.detach().isfinite()
     for constant in constants:
-        is_finite_NS = is_finite_NS & constant.isfinite()
-    is_used_NS = is_weighted_NS & is_finite_NS
+        is_finite = is_finite & constant.isfinite()
+    is_used = is_weighted & is_finite
 
     def used(values: Tensor) -> Tensor:
-        return torch.where(is_used_NS, values, 0.0)
+        return torch.where(is_used, values, 0.0)
 
-    weights_NS = used(token_weights)
-    advantages_NS = used(constants[1])
-    log_ratio_NS = used(logprobs) - used(constants[0])
-    ratio_NS = log_ratio_NS.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    clipped_NS = ratio_NS.clamp(1.0 - clip_low, 1.0 + clip_high)
-    token_loss_NS = -torch.minimum(ratio_NS * advantages_NS, clipped_NS * advantages_NS)
-    is_clipped_NS = (clipped_NS * advantages_NS < ratio_NS * advantages_NS).detach()
-    kl_NS = torch.zeros_like(token_loss_NS)
+    weights = used(token_weights)
+    advantages = used(constants[1])
+    log_ratio = used(logprobs) - used(constants[0])
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    is_clipped = (clipped * advantages < ratio * advantages).detach()
+    kl = torch.zeros_like(token_loss)
     if ref_logprobs is not None:
-        kl_NS = k3(used(constants[2]) - used(logprobs))
-        token_loss_NS = token_loss_NS + kl_coefficient * kl_NS
+        kl = k3(used(constants[2]) - used(logprobs))
+        token_loss = token_loss + kl_coefficient * kl
     return GrpoLoss(
-        loss=(weights_NS * token_loss_NS).sum(),
-        clip_fraction=torch.where(is_clipped_NS, weights_NS, 0.0).sum(),
-        kl=(weights_NS * kl_NS.detach()).sum(),
-        policy_kl=(weights_NS * k3(log_ratio_NS.detach())).sum(),
-        num_nonfinite=(is_weighted_NS & ~is_finite_NS).sum(),
+        loss=(weights * token_loss).sum(),
+        clip_fraction=torch.where(is_clipped, weights, 0.0).sum(),
+        kl=(weights * kl.detach()).sum(),
+        policy_kl=(weights * k3(log_ratio.detach())).sum(),
+        num_nonfinite=(is_weighted & ~is_finite).sum(),
     )
 
 

@@ -1,17 +1,16 @@
-"""From prompts and responses to right-padded micro-batches.
+"""From prompts and responses to packed micro-batches: the plan, and what a rank builds of it.
 
-A prompt's images are encoded once a micro-batch, however many of its responses are in it. A step's
-losses carry one global denominator, counted here over the whole optimizer step before it is cut
-into micro-batches.
+The plan needs numbers only (`SampleSize`) and is the same on every rank: which data-parallel rank
+trains which sample, which samples share a micro-batch, and the step's one global denominator. A
+rank then builds the tensors of its own share. All ranks get the same number of micro-batches.
 
-N sequences, S sequence length (longest of the micro-batch).
+N samples, T packed tokens, R response tokens, M image tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import batched
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +18,24 @@ from torch import Tensor
 from megatron_mmr1 import device
 from megatron_mmr1.algorithms.advantages import group_advantages
 from megatron_mmr1.algorithms.grpo_loss import loss_counts, token_weights
-from megatron_mmr1.backend import parallel
-from megatron_mmr1.types import Demonstration, MicroBatch, Prompt, ScoredGroup
+from megatron_mmr1.backend.packing import (
+    StepCost,
+    first_fit_decreasing,
+    longest_processing_time,
+    pad_to,
+)
+from megatron_mmr1.config.schema import ParallelConfig
+from megatron_mmr1.types import (
+    Demonstration,
+    PackedBatch,
+    Prompt,
+    PromptImages,
+    ResponseRows,
+    ScoredGroup,
+    StepBatch,
+)
+
+_PAD_SEQUENCE_TOKENS = 64  # padding at the end is cut into short sequences: attention is quadratic
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +57,218 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleSize:
+    """What the plan knows of a sample.
+
+    Attributes:
+        prompt_id: samples of one prompt stay on one data-parallel rank, so that its images are
+            encoded once.
+        num_prompt_tokens, num_response_tokens: in tokens, visual ones included.
+        patches: of each image of the prompt.
+    """
+
+    prompt_id: str
+    num_prompt_tokens: int
+    num_response_tokens: int
+    patches: tuple[int, ...]
+    is_kept: bool
+
+    @classmethod
+    def of(cls, sample: Sample) -> SampleSize:
+        """Measure a sample; its pixels are not needed."""
+        grid = sample.prompt.image_grid_thw
+        return cls(
+            sample.prompt.prompt_id,
+            len(sample.prompt.token_ids),
+            len(sample.response_token_ids),
+            () if grid is None else tuple(grid.prod(-1).tolist()),
+            sample.is_kept,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response."""
+        return self.num_prompt_tokens + self.num_response_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How sequences lie in micro-batches at one parallel layout.
+
+    Attributes:
+        max_tokens: of a micro-batch, padding included; a multiple of `total_multiple`.
+        sequence_multiple: each sequence is padded to it: context parallelism cuts it into
+            2 * cp_size chunks.
+        total_multiple: of a micro-batch's tokens: sequence parallelism cuts a rank's chunk again.
+        count_multiple: of the number of micro-batches: the interleaved pipeline schedule takes
+            them in rounds of pp_size.
+        is_fixed_length: all micro-batches of a step are as long as the longest one: pipeline stages
+            then exchange no shapes.
+    """
+
+    max_tokens: int
+    sequence_multiple: int = 1
+    total_multiple: int = 1
+    count_multiple: int = 1
+    is_fixed_length: bool = False
+
+    @classmethod
+    def at(cls, parallel: ParallelConfig, max_tokens: int) -> Packing:
+        """Return the packing rules of a layout."""
+        return cls(
+            max_tokens,
+            sequence_multiple=sequence_multiple(parallel),
+            total_multiple=total_multiple(parallel),
+            count_multiple=parallel.pp_size if parallel.vpp_size > 1 else 1,
+            is_fixed_length=parallel.pp_size > 1,
+        )
+
+
+def sequence_multiple(parallel: ParallelConfig) -> int:
+    """Return what a sequence's tokens must be a multiple of."""
+    return 2 * parallel.cp_size if parallel.cp_size > 1 else 1
+
+
+def total_multiple(parallel: ParallelConfig) -> int:
+    """Return what a micro-batch's tokens must be a multiple of."""
+    return sequence_multiple(parallel) * (parallel.tp_size if parallel.sequence_parallel else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One optimizer step, for all data-parallel ranks.
+
+    Attributes:
+        micro_batches: for each data-parallel rank, the samples of each of its micro-batches; all
+            ranks have equally many, the last ones possibly empty.
+        num_tokens, num_sequences: the loss's denominators over the whole step.
+        costs: FLOPs of each rank's share.
+        waste: share of the micro-batches' tokens that is padding.
+    """
+
+    micro_batches: list[list[list[int]]]
+    num_tokens: int
+    num_sequences: int
+    costs: list[float]
+    waste: float
+
+    @property
+    def imbalance(self) -> float:
+        """The costliest rank's FLOPs over the mean: what all ranks wait for, 1 at best."""
+        mean = sum(self.costs) / len(self.costs)
+        return max(self.costs) / mean if mean else 1.0
+
+
+def plan_step(
+    sizes: Sequence[SampleSize], packing: Packing, cost: StepCost, dp_size: int
+) -> StepPlan:
+    """Share a step's samples over ranks and micro-batches; pure, the same on every rank.
+
+    Raises:
+        ValueError: a sample is longer than a micro-batch.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size.prompt_id, []).append(index)
+    members = list(groups.values())
+    costs = [_group_cost([sizes[i] for i in group], cost) for group in members]
+    shares = longest_processing_time(costs, dp_size)
+    bins = []
+    for share in shares:
+        mine = [i for g in share for i in members[g]]
+        lengths = [pad_to(sizes[i].num_tokens, packing.sequence_multiple) for i in mine]
+        packed = first_fit_decreasing(lengths, packing.max_tokens)
+        bins.append([[mine[i] for i in members_of_bin] for members_of_bin in packed])
+    count = pad_to(max(1, *(len(rank) for rank in bins)), packing.count_multiple)
+    bins = [rank + [[] for _ in range(count - len(rank))] for rank in bins]
+    lengths = torch.tensor([size.num_response_tokens for size in sizes])
+    num_tokens, num_sequences = loss_counts(lengths, torch.tensor([s.is_kept for s in sizes]))
+    real = sum(size.num_tokens for size in sizes)
+    padded = sum(sum(_padded_lengths(rank, sizes, packing)) for rank in bins)
+    return StepPlan(
+        bins,
+        num_tokens,
+        num_sequences,
+        [sum(costs[g] for g in share) for share in shares],
+        1 - real / padded if padded else 0.0,
+    )
+
+
+def build_step(
+    plan: StepPlan,
+    dp_rank: int,
+    sizes: Sequence[SampleSize],
+    sample: Callable[[int], Sample],
+    packing: Packing,
+    aggregation: str,
+    images: ImageTokens,
+) -> StepBatch:
+    """Build the tensors of one data-parallel rank's share.
+
+    Args:
+        sample: makes sample `index` of the step; called for this rank's share only. On ranks that
+            encode images (`images.are_encoded_here`) its prompt holds pixels.
+
+    Raises:
+        ValueError: a prompt's image tokens are not those of its images.
+    """
+    bins = plan.micro_batches[dp_rank]
+    lengths = _padded_lengths(bins, sizes, packing)
+    samples = {index: sample(index) for indices in bins for index in indices}
+    first_feature: dict[str, int] = {}
+    encoded: list[PromptImages] = []
+    num_features = 0
+    for index in sorted(samples):
+        prompt = samples[index].prompt
+        if prompt.image_grid_thw is None or prompt.prompt_id in first_feature:
+            continue
+        first_feature[prompt.prompt_id] = num_features
+        num_features += images.check(prompt)
+        if images.are_encoded_here:
+            assert prompt.pixel_values is not None
+            encoded.append(PromptImages(prompt.pixel_values, prompt.image_grid_thw))
+    kept_N = torch.tensor([size.is_kept for size in sizes])
+    responses_N = torch.tensor([size.num_response_tokens for size in sizes])
+    weights_N = token_weights(
+        responses_N, kept_N, aggregation, plan.num_tokens, plan.num_sequences
+    ).tolist()
+    micro_batches = tuple(
+        _micro_batch(
+            [(i, samples[i], weights_N[i]) for i in indices], length, packing, first_feature, images
+        )
+        for indices, length in zip(bins, lengths, strict=True)
+    )
+    return StepBatch(micro_batches, tuple(encoded))
+
+
+@dataclass(frozen=True, slots=True)
 class ImageTokens:
-    """What inserting images needs to know of a model."""
+    """What inserting images needs to know of a model, and of this rank.
+
+    Attributes:
+        are_encoded_here: this rank is on the first pipeline stage, where the vision tower is.
+    """
 
     token_id: int
     spatial_merge_size: int
+    are_encoded_here: bool = True
+
+    def check(self, prompt: Prompt) -> int:
+        """Count the features that a prompt's images make.
+
+        Raises:
+            ValueError: the prompt has another number of image tokens.
+        """
+        assert prompt.image_grid_thw is not None
+        made = int(prompt.image_grid_thw.prod(-1).sum()) // self.spatial_merge_size**2
+        count = int((prompt.token_ids == self.token_id).sum())
+        if made != count:
+            raise ValueError(
+                f"prompt {prompt.prompt_id!r} has {count} image tokens, but its images "
+                f"(image_grid_thw={prompt.image_grid_thw.tolist()}) make {made} features; process "
+                "text and images with the model's own processor"
+            )
+        return made
 
 
 def samples_of_groups(groups: Sequence[ScoredGroup]) -> list[Sample]:
@@ -70,107 +292,121 @@ def samples_of_groups(groups: Sequence[ScoredGroup]) -> list[Sample]:
     ]
 
 
-def samples_of_demonstrations(demonstrations: Sequence[Demonstration]) -> list[Sample]:
-    """Turn demonstrations into samples; the advantage is not used."""
-    return [
-        Sample(d.prompt, d.response_token_ids, torch.zeros(len(d.response_token_ids)), 0.0, True)
-        for d in demonstrations
+def sample_of_demonstration(demonstration: Demonstration) -> Sample:
+    """Turn a demonstration into a sample; the advantage is not used."""
+    response = demonstration.response_token_ids
+    return Sample(demonstration.prompt, response, torch.zeros(len(response)), 0.0, True)
+
+
+def with_logprobs(
+    step: StepBatch, old: Sequence[Tensor] | None = None, ref: Sequence[Tensor] | None = None
+) -> StepBatch:
+    """Return the step with frozen log-probs, one [R] tensor a micro-batch."""
+    batches = []
+    for index, batch in enumerate(step.micro_batches):
+        rows = batch.rows
+        if old is not None:
+            rows = replace(rows, old_logprobs_R=old[index])
+        if ref is not None:
+            rows = replace(rows, ref_logprobs_R=ref[index])
+        batches.append(replace(batch, rows=rows))
+    return replace(step, micro_batches=tuple(batches))
+
+
+def _group_cost(sizes: Sequence[SampleSize], cost: StepCost) -> float:
+    """FLOPs of a prompt's responses, its images counted once."""
+    text = sum(cost.sequence(size.num_tokens, size.num_response_tokens) for size in sizes)
+    return text + cost.images(sizes[0].patches)
+
+
+def _padded_lengths(
+    bins: Sequence[Sequence[int]], sizes: Sequence[SampleSize], packing: Packing
+) -> list[int]:
+    """Tokens of each micro-batch, padding included."""
+    lengths = [
+        pad_to(
+            max(1, sum(pad_to(sizes[i].num_tokens, packing.sequence_multiple) for i in indices)),
+            packing.total_multiple,
+        )
+        for indices in bins
     ]
-
-
-def num_tokens(samples: Sequence[Sample]) -> int:
-    """Count prompt and response tokens, padding not included."""
-    return sum(len(s.prompt.token_ids) + len(s.response_token_ids) for s in samples)
-
-
-def micro_batches(
-    samples: Sequence[Sample], micro_batch_size: int, aggregation: str, images: ImageTokens
-) -> list[MicroBatch]:
-    """Cut one optimizer step's samples (of this rank) into micro-batches.
-
-    Token weights are made with the step's token and sequence counts over all data-parallel ranks,
-    so that the step's loss does not change with `micro_batch_size` or with the number of ranks. One
-    all-reduce.
-    """
-    lengths_N = torch.tensor([len(s.response_token_ids) for s in samples])
-    mask_NS = torch.arange(int(lengths_N.max())) < lengths_N.unsqueeze(1)
-    mine = loss_counts(mask_NS, torch.tensor([s.is_kept for s in samples]))
-    counts = parallel.sum_over_dp({"tokens": mine[0], "sequences": mine[1]})
-    totals = int(counts["tokens"]), int(counts["sequences"])
-    return [
-        _micro_batch(part, aggregation, *totals, images)
-        for part in batched(samples, micro_batch_size)
-    ]
+    return [max(lengths)] * len(lengths) if packing.is_fixed_length else lengths
 
 
 def _micro_batch(
-    samples: Sequence[Sample],
-    aggregation: str,
-    num_tokens: int,
-    num_sequences: int,
+    samples: Sequence[tuple[int, Sample, float]],
+    length: int,
+    packing: Packing,
+    first_feature: dict[str, int],
     images: ImageTokens,
-) -> MicroBatch:
-    num_rows = len(samples)
-    length = max(len(s.prompt.token_ids) + len(s.response_token_ids) for s in samples)
-    token_ids_NS = torch.zeros(num_rows, length, dtype=torch.long)
-    position_ids_3NS = torch.zeros(3, num_rows, length, dtype=torch.long)
-    mask_NS = torch.zeros(num_rows, length, dtype=torch.bool)
-    rollout_logprobs_NS = torch.zeros(num_rows, length)
-    for row, sample in enumerate(samples):
-        start = len(sample.prompt.token_ids)
-        end = start + len(sample.response_token_ids)
-        token_ids_NS[row, :start] = sample.prompt.token_ids
-        token_ids_NS[row, start:end] = sample.response_token_ids
-        position_ids_3NS[:, row, :start] = sample.prompt.position_ids
+) -> PackedBatch:
+    """Lay (index, sample, token weight) end to end in `length` tokens."""
+    token_ids_T = torch.zeros(length, dtype=torch.long)
+    position_ids_3T = torch.zeros(3, length, dtype=torch.long)
+    boundaries, predicts = [0], [torch.zeros(0, dtype=torch.long)]
+    visual_positions, visual_features = list(predicts), list(predicts)
+    for _, sample, _ in samples:
+        prompt, response = sample.prompt, sample.response_token_ids
+        start = boundaries[-1]
+        middle, end = start + len(prompt.token_ids), start + len(prompt.token_ids) + len(response)
+        token_ids_T[start:middle] = prompt.token_ids
+        token_ids_T[middle:end] = response
+        position_ids_3T[:, start:middle] = prompt.position_ids
         # Text goes on from the largest position of the prompt, the same on all three axes.
-        first = int(sample.prompt.position_ids.max()) + 1
-        position_ids_3NS[:, row, start:end] = torch.arange(first, first + end - start)
-        mask_NS[row, start:end] = True
-        rollout_logprobs_NS[row, start:end] = sample.rollout_logprobs
-    pixel_values, image_grid_thw, visual_index = _images(samples, images)
-    is_kept_N = torch.tensor([s.is_kept for s in samples])
-    weights_NS = token_weights(mask_NS, is_kept_N, aggregation, num_tokens, num_sequences)
-    target = device.device()
-    return MicroBatch(
-        token_ids_NS=token_ids_NS.to(target),
-        position_ids_3NS=position_ids_3NS.to(target),
-        pixel_values=None if pixel_values is None else pixel_values.to(target),
-        image_grid_thw=None if image_grid_thw is None else image_grid_thw.to(target),
-        visual_index=visual_index.to(target),
-        response_mask_NS=mask_NS.to(target),
-        token_weights_NS=weights_NS.to(target),
-        advantages_N=torch.tensor([s.advantage for s in samples]).to(target),
-        rollout_logprobs_NS=rollout_logprobs_NS.to(target),
+        first = int(prompt.position_ids.max()) + 1
+        position_ids_3T[:, middle:end] = torch.arange(first, first + len(response))
+        predicts.append(torch.arange(middle - 1, end - 1))
+        if prompt.prompt_id in first_feature:
+            here = (prompt.token_ids == images.token_id).nonzero().flatten()
+            visual_positions.append(start + here)
+            visual_features.append(first_feature[prompt.prompt_id] + torch.arange(len(here)))
+        boundaries.append(start + pad_to(end - start, packing.sequence_multiple))
+    piece = pad_to(_PAD_SEQUENCE_TOKENS, packing.sequence_multiple)
+    while boundaries[-1] < length:
+        boundaries.append(min(boundaries[-1] + piece, length))
+
+    def each(values: list[float]) -> Tensor:
+        counts = torch.tensor([len(s.response_token_ids) for _, s, _ in samples], dtype=torch.long)
+        return torch.tensor(values).repeat_interleave(counts)
+
+    rows = ResponseRows(
+        target_ids_R=_joined([s.response_token_ids for _, s, _ in samples], torch.long),
+        sample_R=each([i for i, _, _ in samples]).long(),
+        token_weights_R=each([weight for _, _, weight in samples]),
+        advantages_R=each([s.advantage for _, s, _ in samples]),
+        rollout_logprobs_R=_joined([s.rollout_logprobs for _, s, _ in samples], torch.float32),
     )
+    batch = PackedBatch(
+        token_ids_T,
+        position_ids_3T,
+        tuple(boundaries),
+        torch.cat(visual_positions),
+        torch.cat(visual_features),
+        torch.cat(predicts),
+        rows,
+    )
+    return _on_device(batch)
 
 
-def _images(
-    samples: Sequence[Sample], images: ImageTokens
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Gather the distinct prompts' pixels, and say which feature each image token takes."""
-    pixels: list[Tensor] = []
-    grids: list[Tensor] = []
-    first_feature: dict[str, int] = {}
-    num_features = 0
-    index: list[Tensor] = []
-    for sample in samples:
-        prompt = sample.prompt
-        count = int((prompt.token_ids == images.token_id).sum())
-        if prompt.pixel_values is None or prompt.image_grid_thw is None:
-            continue
-        if prompt.prompt_id not in first_feature:
-            made = int(prompt.image_grid_thw.prod(-1).sum()) // images.spatial_merge_size**2
-            if made != count:
-                raise ValueError(
-                    f"prompt {prompt.prompt_id!r} has {count} image tokens, but its images make "
-                    f"{made} features; process text and images with the model's own processor"
-                )
-            first_feature[prompt.prompt_id] = num_features
-            num_features += made
-            pixels.append(prompt.pixel_values)
-            grids.append(prompt.image_grid_thw)
-        start = first_feature[prompt.prompt_id]
-        index.append(torch.arange(start, start + count))
-    if not pixels:
-        return None, None, torch.zeros(0, dtype=torch.long)
-    return torch.cat(pixels), torch.cat(grids), torch.cat(index)
+def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(tensors).to(dtype) if tensors else torch.zeros(0, dtype=dtype)
+
+
+def _on_device(batch: PackedBatch) -> PackedBatch:
+    target = device.device()
+    rows = batch.rows
+    return replace(
+        batch,
+        token_ids_T=batch.token_ids_T.to(target),
+        position_ids_3T=batch.position_ids_3T.to(target),
+        visual_position_M=batch.visual_position_M.to(target),
+        visual_feature_M=batch.visual_feature_M.to(target),
+        predicts_R=batch.predicts_R.to(target),
+        rows=ResponseRows(
+            rows.target_ids_R.to(target),
+            rows.sample_R.to(target),
+            rows.token_weights_R.to(target),
+            rows.advantages_R.to(target),
+            rows.rollout_logprobs_R.to(target),
+        ),
+    )

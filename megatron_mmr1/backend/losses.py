@@ -1,8 +1,7 @@
 """What the policy's train step is asked to minimise:
-the maths of algorithms/ applied to a micro-batch's logits.
+the maths of algorithms/ applied to a micro-batch's response rows.
 
-N sequences, S sequence length, R response tokens (the True entries of response_mask_NS, row by
-row), V vocabulary.
+R response tokens (of this rank), V vocabulary (of this rank).
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_mmr1.algorithms.grpo_loss import grpo_loss, selective_logprobs, supervised_loss
+from megatron_mmr1.algorithms.grpo_loss import grpo_loss, supervised_loss
+from megatron_mmr1.backend.vocab_parallel import selective_logprobs
 from megatron_mmr1.config.schema import AlgorithmConfig
-from megatron_mmr1.types import MicroBatch
+from megatron_mmr1.types import ResponseRows
 
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
-    """A micro-batch's share of the step's loss, and of its metrics.
+    """A rank's and micro-batch's share of the step's loss, and of its metrics.
 
     Attributes:
         loss: scalar; the step's loss is the plain sum over micro-batches and ranks.
@@ -33,7 +33,7 @@ class LossResult:
     maxima: dict[str, float] = field(default_factory=dict)
 
 
-LossFunction = Callable[[Tensor, MicroBatch], LossResult]
+LossFunction = Callable[[Tensor, ResponseRows], LossResult]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +43,11 @@ class SoftmaxRule:
     temperature: float
     banned_token_ids: tuple[int, ...]
 
-
-def response_logprobs(
-    logits_RV: Tensor, batch: MicroBatch, rule: SoftmaxRule
-) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities and entropies (nats, fp32, [N, S]) of the response tokens;
-    0 elsewhere.
-    """
-    tokens_R = batch.token_ids_NS[batch.response_mask_NS]
-    logprobs_R, entropy_R = selective_logprobs(
-        logits_RV, tokens_R, rule.temperature, rule.banned_token_ids
-    )
-    zeros_NS = torch.zeros(
-        batch.token_ids_NS.shape, dtype=logprobs_R.dtype, device=logits_RV.device
-    )
-    mask_NS = batch.response_mask_NS
-    return zeros_NS.masked_scatter(mask_NS, logprobs_R), zeros_NS.masked_scatter(mask_NS, entropy_R)
+    def logprobs(self, logits_RV: Tensor, rows: ResponseRows) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and entropies (nats, fp32) of the response tokens."""
+        return selective_logprobs(
+            logits_RV, rows.target_ids_R, self.temperature, self.banned_token_ids
+        )
 
 
 def grpo(config: AlgorithmConfig, rule: SoftmaxRule) -> LossFunction:
@@ -69,36 +58,36 @@ def grpo(config: AlgorithmConfig, rule: SoftmaxRule) -> LossFunction:
     the engine's log-probs with these, so both come from the same weights.
     """
 
-    def loss(logits_RV: Tensor, batch: MicroBatch) -> LossResult:
-        assert batch.advantages_N is not None and batch.rollout_logprobs_NS is not None
-        logprobs_NS, entropy_NS = response_logprobs(logits_RV, batch, rule)
-        old_NS = (
-            batch.old_logprobs_NS if batch.old_logprobs_NS is not None else logprobs_NS.detach()
-        )
+    def loss(logits_RV: Tensor, rows: ResponseRows) -> LossResult:
+        logprobs_R, entropy_R = rule.logprobs(logits_RV, rows)
+        old_R = rows.old_logprobs_R if rows.old_logprobs_R is not None else logprobs_R.detach()
         result = grpo_loss(
-            logprobs_NS,
-            old_NS,
-            batch.advantages_N,
-            batch.token_weights_NS,
+            logprobs_R,
+            old_R,
+            rows.advantages_R,
+            rows.token_weights_R,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             kl_coefficient=config.kl_coefficient,
-            ref_logprobs=batch.ref_logprobs_NS,
+            ref_logprobs=rows.ref_logprobs_R,
         )
-        diff_R = (old_NS - batch.rollout_logprobs_NS)[batch.response_mask_NS].abs()
+        diff_R = (old_R - rows.rollout_logprobs_R).abs()
         sums = {
             "loss": result.loss.item(),
             "clip_fraction": float(result.clip_fraction),
-            "entropy/mean": float((entropy_NS.detach() * batch.token_weights_NS).sum()),
+            "entropy/mean": float((entropy_R.detach() * rows.token_weights_R).sum()),
             "logprob_diff/sum": float(diff_R.double().sum()),
             "tokens/response": float(diff_R.numel()),
             "tokens/nonfinite": float(result.num_nonfinite),
         }
-        if batch.old_logprobs_NS is not None:
+        if rows.old_logprobs_R is not None:
             sums["policy_kl/mean"] = float(result.policy_kl)
-        if batch.ref_logprobs_NS is not None:
+        if rows.ref_logprobs_R is not None:
             sums["kl/mean"] = float(result.kl)
-        return LossResult(result.loss, sums, {"logprob_diff/max": float(diff_R.max())})
+        # A micro-batch may be empty here: context parallelism and balancing leave ranks without
+        # rows.
+        largest = float(diff_R.max()) if diff_R.numel() else 0.0
+        return LossResult(result.loss, sums, {"logprob_diff/max": largest})
 
     return loss
 
@@ -106,9 +95,9 @@ def grpo(config: AlgorithmConfig, rule: SoftmaxRule) -> LossFunction:
 def supervised(rule: SoftmaxRule) -> LossFunction:
     """Return the cold start's negative log-likelihood of the response tokens."""
 
-    def loss(logits_RV: Tensor, batch: MicroBatch) -> LossResult:
-        logprobs_NS, _ = response_logprobs(logits_RV, batch, rule)
-        value = supervised_loss(logprobs_NS, batch.token_weights_NS)
+    def loss(logits_RV: Tensor, rows: ResponseRows) -> LossResult:
+        logprobs_R, _ = rule.logprobs(logits_RV, rows)
+        value = supervised_loss(logprobs_R, rows.token_weights_R)
         return LossResult(value, {"loss": value.item()})
 
     return loss

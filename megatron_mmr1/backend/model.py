@@ -3,7 +3,11 @@ with multimodal rotary positions.
 
 Every Megatron configuration object is made here, from the Hugging Face configuration and ours.
 
-S sequence length, N sequences, R response tokens, V vocabulary, D hidden.
+Parallelism: the vision tower and the embedding are on the first pipeline stage, the output layer on
+the last. Order on the first stage: tokens are cut over context-parallel ranks, embedded, image
+features put in, and then cut over tensor-parallel ranks (sequence parallelism).
+
+T tokens of this rank, R its response tokens, V its part of the vocabulary, D hidden, M image tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,21 +31,30 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from megatron_mmr1 import device
-from megatron_mmr1.backend.attention import layer_spec
-from megatron_mmr1.config.schema import ParallelConfig
-from megatron_mmr1.types import MicroBatch
+from megatron_mmr1.backend.layer_spec import block_spec
+from megatron_mmr1.backend.layout import LocalView
+from megatron_mmr1.backend.packing import pad_to
+from megatron_mmr1.backend.rotary import MultimodalRotary
+from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    hf_config: Qwen2_5_VLConfig, parallel: ParallelConfig, dtype: torch.dtype
+    hf_config: Qwen2_5_VLConfig, model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
     """Build Megatron's TransformerConfig; sets only what we use.
 
     `calculate_per_token_loss` keeps Megatron from dividing by the number of micro-batches and from
     averaging over ranks: our losses carry their own global denominator, so that gradients are plain
     sums.
+
+    The interleaved schedule overlaps single sends and receives: batched ones confuse the two
+    directions between two stages (config/validate.py refuses them there).
     """
     text: Any = hf_config.text_config
+    dtype = DTYPES[model.dtype]
+    is_interleaved = parallel.vpp_size > 1
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -63,9 +81,21 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
+        fp8=None if model.fp8 == "off" else model.fp8,
+        fp8_recipe="tensorwise",
         tensor_model_parallel_size=parallel.tp_size,
+        sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pp_size,
+        virtual_pipeline_model_parallel_size=parallel.vpp_size if is_interleaved else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         context_parallel_size=parallel.cp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        overlap_p2p_comm=is_interleaved and not parallel.batch_p2p,
+        batch_p2p_comm=parallel.batch_p2p,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=1 if parallel.recompute == "full" else None,
+        recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
         use_cpu_initialization=not device.has_gpu(),
         perform_initialization=False,
         calculate_per_token_loss=True,
@@ -73,27 +103,50 @@ def transformer_config(
 
 
 class Qwen25VL(MegatronModule):
-    """The policy network: tokens and pixels in, logits of the response tokens out."""
+    """One pipeline stage of the policy network: tokens and image features in, logits out.
 
-    def __init__(self, hf_config: Qwen2_5_VLConfig, config: TransformerConfig) -> None:
+    Args:
+        vp_stage: which of this rank's model chunks this is; None without interleaving.
+    """
+
+    def __init__(
+        self, hf_config: Qwen2_5_VLConfig, config: TransformerConfig, vp_stage: int | None = None
+    ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
-        self.image_token_id: int = hf_config.image_token_id
-        text_config: Any = hf_config.text_config
+        self.vp_stage = vp_stage
+        self.pre_process = parallel_state.is_pipeline_first_stage(
+            ignore_virtual=False, vp_stage=vp_stage
+        )
+        self.post_process = parallel_state.is_pipeline_last_stage(
+            ignore_virtual=False, vp_stage=vp_stage
+        )
+        text: Any = hf_config.text_config
         vision_config: Any = hf_config.vision_config
-        vision_config._attn_implementation = "sdpa"
-        self.vision: Any = Qwen2_5_VisionTransformerPretrainedModel(vision_config)
+        if self.pre_process:
+            vision_config._attn_implementation = "sdpa"
+            self.vision: Any = Qwen2_5_VisionTransformerPretrainedModel(vision_config)
+        self.vocab_size: int = text.vocab_size
         self.language = GPTModel(
             config=config,
-            transformer_layer_spec=layer_spec(),
-            vocab_size=text_config.vocab_size,
-            max_sequence_length=text_config.max_position_embeddings,
+            transformer_layer_spec=block_spec(config, vp_stage),
+            vocab_size=pad_to(text.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=text.max_position_embeddings,
             position_embedding_type="mrope",
-            rotary_base=text_config.rope_parameters["rope_theta"],
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
             scatter_embedding_sequence_parallel=False,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            vp_stage=vp_stage,
+        )
+        assert config.kv_channels is not None
+        self.language.rotary_pos_emb = MultimodalRotary(
+            config.kv_channels, text.rope_parameters["rope_theta"]
         )
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
+        if self.post_process:
+            # We gather the tokens before we choose rows; the layer must not gather again.
+            self.language.output_layer.sequence_parallel = False
         # Parameters only: the vision tower's rotary frequencies, a buffer, stay float32, as Hugging
         # Face keeps them. Torch norms come in float32; with both dtypes in one model Megatron saves
         # optimizer states under other parameters' names.
@@ -104,50 +157,64 @@ class Qwen25VL(MegatronModule):
         """Take the previous pipeline stage's activations (called by Megatron's schedules)."""
         self.language.set_input_tensor(input_tensor)
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Return the logits that predict the response tokens.
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """Return the tied weight of this stage (called when Megatron adds up its gradients)."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def forward(self, view: LocalView, features_MD: Tensor | None) -> Tensor:
+        """Run this stage on one micro-batch.
+
+        Args:
+            view: this context-parallel rank's part of it.
+            features_MD: the step's visual features, on the first stage; None without images.
 
         Returns:
-            [R, V] in the parameters' dtype, for the True entries of `batch.response_mask_NS` row by
-            row. Only these rows go through the output layer.
+            On the last stage the logits [R, V] that predict `view.rows`, in the parameters' dtype:
+            only these rows go through the output layer, and columns that stand for no token are
+            -inf. On other stages the activations [T, 1, D].
         """
-        embeddings_SND = self.language.embedding(
-            input_ids=batch.token_ids_NS, position_ids=batch.position_ids_3NS[0]
-        )
-        if batch.pixel_values is not None:
-            embeddings_SND = self._insert_images(embeddings_SND, batch)
         return self.language(
-            input_ids=batch.token_ids_NS,
-            position_ids=batch.position_ids_3NS,
+            input_ids=view.token_ids_T.unsqueeze(0),
+            position_ids=view.position_ids_3T.unsqueeze(1),
             attention_mask=None,
-            decoder_input=embeddings_SND,
-            output_processor=_logits_of_response_rows,
-            output_processor_context=batch.response_mask_NS,
+            decoder_input=self._embed(view, features_MD) if self.pre_process else None,
+            packed_seq_params=view.sequences,
+            output_processor=self._logits_of_response_rows,
+            output_processor_context=view,
         )
 
-    def _insert_images(self, embeddings_SND: Tensor, batch: MicroBatch) -> Tensor:
-        assert batch.pixel_values is not None
-        features = self.vision(
-            batch.pixel_values.to(self.config.params_dtype), grid_thw=batch.image_grid_thw
-        ).pooler_output
-        is_image_NS = batch.token_ids_NS == self.image_token_id
-        assert int(is_image_NS.sum()) == batch.visual_index.numel()
-        embeddings_NSD = embeddings_SND.transpose(0, 1).clone()
-        embeddings_NSD[is_image_NS] = features[batch.visual_index]
-        return embeddings_NSD.transpose(0, 1).contiguous()
+    def _embed(self, view: LocalView, features_MD: Tensor | None) -> Tensor:
+        embeddings_T1D = self.language.embedding(
+            input_ids=view.token_ids_T.unsqueeze(0), position_ids=None
+        )
+        if features_MD is not None:
+            embeddings_T1D = embeddings_T1D.clone()
+            embeddings_T1D[view.visual_position_M, 0] = features_MD[view.visual_feature_M]
+        if self.config.sequence_parallel:
+            embeddings_T1D = scatter_to_sequence_parallel_region(embeddings_T1D)
+        return embeddings_T1D
 
-
-def _logits_of_response_rows(
-    *,
-    hidden_states: Tensor,
-    output_layer: torch.nn.Module,
-    output_weight: Tensor | None,
-    context: Tensor,
-    **kwargs: Any,
-) -> Tensor:
-    """Apply the output layer to the positions that predict a response token: one before each."""
-    predicts_response_NS = torch.zeros_like(context)
-    predicts_response_NS[:, :-1] = context[:, 1:]
-    hidden_RD = hidden_states.transpose(0, 1)[predicts_response_NS]
-    logits_R1V, _ = output_layer(hidden_RD.unsqueeze(1), weight=output_weight)
-    return logits_R1V.squeeze(1)
+    def _logits_of_response_rows(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: torch.nn.Module,
+        output_weight: Tensor | None,
+        context: LocalView,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Apply the output layer to the positions that predict a response token."""
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
+        hidden_R1D = hidden_states[context.predicts_R]
+        logits_R1V, _ = output_layer(hidden_R1D, weight=output_weight)
+        logits_RV = logits_R1V.squeeze(1)
+        num_local = logits_RV.shape[-1]
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        num_real = self.vocab_size - rank * num_local
+        if num_real < num_local:
+            is_padding_V = torch.arange(num_local, device=logits_RV.device) >= num_real
+            logits_RV = logits_RV.masked_fill(is_padding_V, -torch.inf)
+        return logits_RV

@@ -12,7 +12,10 @@ from megatron_mmr1.config.schema import OptimizerConfig
 
 
 def build_optimizer(
-    config: OptimizerConfig, num_steps: int, model: DistributedDataParallel, dtype: torch.dtype
+    config: OptimizerConfig,
+    num_steps: int,
+    model: list[DistributedDataParallel],
+    dtype: torch.dtype,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build AdamW over the trainable parameters and its schedule over `num_steps` optimizer steps.
 
@@ -30,9 +33,9 @@ def build_optimizer(
             clip_grad=config.max_grad_norm,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=True,
         ),
-        [model],
+        model,
     )
     schedule = OptimizerParamScheduler(
         optimizer,

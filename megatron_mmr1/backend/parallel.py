@@ -37,20 +37,32 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         rank=0 if alone else -1,
         world_size=1 if alone else -1,
     )
+    lay_groups(config, seed)
+
+
+def lay_groups(config: ParallelConfig, seed: int) -> None:
+    """Lay Megatron's groups over the processes; again, for another layout, after `lift_groups`."""
     with device.seam():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tp_size,
             pipeline_model_parallel_size=config.pp_size,
+            virtual_pipeline_model_parallel_size=config.vpp_size if config.vpp_size > 1 else None,
             context_parallel_size=config.cp_size,
+            expert_model_parallel_size=config.ep_size,
         )
         patches.rng_tracker_uses_cpu_generator()
         patches.sync_save_starts_no_process()
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def lift_groups() -> None:
+    """Take Megatron's groups away; torch's own stays."""
+    parallel_state.destroy_model_parallel()
+
+
 def finalize() -> None:
     """Leave every group."""
-    parallel_state.destroy_model_parallel()
+    lift_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -70,41 +82,59 @@ def is_main() -> bool:
     return dist.get_rank() == 0
 
 
-def sum_over_dp(values: dict[str, float]) -> dict[str, float]:
-    """Add each value over data-parallel ranks (float64, one all-reduce);
-    keys must be the same everywhere.
+def is_first_stage() -> bool:
+    """Say whether this rank is on the first pipeline stage: embedding and vision tower."""
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_last_stage() -> bool:
+    """Say whether this rank is on the last pipeline stage: output layer and loss."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def reduce_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """Combine what the last stage's ranks measured, and tell every rank.
+
+    Sums (in float64) and maxima go over data- and context-parallel ranks; tensor-parallel ranks
+    hold the same numbers. Keys must be the same on all of them; other stages give none.
     """
-    names = sorted(values)
-    totals = torch.tensor(
-        [values[name] for name in names], dtype=torch.float64, device=device.device()
+    metrics: dict[str, float] = {}
+    if is_last_stage():
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for values, operation in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
+            names = sorted(values)
+            totals = torch.tensor(
+                [values[name] for name in names], dtype=torch.float64, device=device.device()
+            )
+            if names:
+                dist.all_reduce(totals, operation, group=group)
+            metrics |= dict(zip(names, totals.tolist(), strict=True))
+    return _from_last_stage(metrics)
+
+
+def _from_last_stage(value: Any) -> Any:
+    box = [value]
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast_object_list(
+        box, src=last, group=parallel_state.get_pipeline_model_parallel_group()
     )
-    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
-    return dict(zip(names, totals.tolist(), strict=True))
+    return box[0]
 
 
-def max_over_dp(value: float) -> float:
-    """Return the largest value over data-parallel ranks."""
-    largest = torch.tensor([value], dtype=torch.float64, device=device.device())
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
-    return largest.item()
+def from_context_and_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """Add the last stage's context-parallel parts (zeros where a rank has none), on every rank."""
+    if is_last_stage():
+        dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(values, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
 
 
-def gather_over_dp(items: list[Any]) -> list[Any]:
-    """Concatenate each data-parallel rank's plain values
-    (numbers, strings, tuples) in rank order.
-    """
-    shares: list[list[Any] | None] = [None] * dp_size()
-    dist.all_gather_object(shares, items, group=parallel_state.get_data_parallel_group())
-    return [item for share in shares if share is not None for item in share]
-
-
-def gather_to_main(items: list[Any]) -> list[Any] | None:
-    """Concatenate each rank's plain values in rank order on rank 0; None elsewhere."""
-    shares: list[list[Any]] | None = (
-        [[] for _ in range(dist.get_world_size())] if is_main() else None
-    )
-    dist.gather_object(items, shares, dst=0)
-    return None if shares is None else [item for share in shares for item in share]
+def gather_over_world(items: list[Any]) -> list[Any]:
+    """Concatenate each rank's plain values (numbers, strings, tuples) in rank order, everywhere."""
+    shares: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, items)
+    return [item for share in shares for item in share]
 
 
 def broadcast_from_main(value: Any) -> Any:

@@ -1,21 +1,25 @@
 """The policy: a Megatron model that computes log-probs, takes training steps,
 and exports its weights.
 
-Owns the model, the optimizer and the reference weights. Knows no engine, no sampler and no files
-but the Hugging Face folder that it starts from. Every Megatron call happens inside `device.seam()`.
+Owns the model chunks of this rank, the optimizer and the reference weights. Knows no engine, no
+sampler and no files but the Hugging Face folder that it starts from. Every Megatron call happens
+inside `device.seam()`.
 
-Parallelism: data parallel. One all-reduce of the gradient buffer a step (a plain sum: see
-backend.model).
+Parallelism: tensor, sequence, pipeline (also interleaved), context and data parallel with the
+distributed optimizer. A step's micro-batches are the same on all ranks of a replica; gradients are
+plain sums over data- and context-parallel ranks (see backend.model).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -27,15 +31,18 @@ from transformers import AutoConfig
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend import losses, parallel
+from megatron_mmr1.backend.layout import LocalView, local_view
 from megatron_mmr1.backend.model import Qwen25VL, transformer_config
 from megatron_mmr1.backend.optimizer import build_optimizer
+from megatron_mmr1.backend.packing import StepCost
+from megatron_mmr1.backend.vision import StepFeatures
+from megatron_mmr1.backend.weights import NamedWeights
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_mmr1.convert import FAMILIES, AttentionShape, megatron_to_hf, required_hf_names
+from megatron_mmr1.convert import FAMILIES, AttentionShape
 from megatron_mmr1.convert.hf_files import HfWeights
-from megatron_mmr1.convert.rules import merge, split
-from megatron_mmr1.types import MicroBatch
+from megatron_mmr1.types import PackedBatch, StepBatch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_Step = Callable[[Tensor, LocalView], tuple[Tensor, Tensor, Any]]
 
 
 class MegatronPolicy:
@@ -44,6 +51,10 @@ class MegatronPolicy:
     Args:
         num_steps: optimizer steps of the whole run, for the learning-rate schedule.
         keep_reference: keep a frozen copy of the starting weights for the KL term.
+
+    Attributes:
+        chunks: this rank's model chunks (one without interleaving), unwrapped.
+        cost: what samples cost in FLOPs, to balance them.
 
     Raises:
         ValueError: the folder's model type has no conversion table, or a tensor is missing.
@@ -65,111 +76,175 @@ class MegatronPolicy:
                 f"model.path={model.path!r} is a {hf_config.model_type!r} model; "
                 f"known families: {', '.join(sorted(FAMILIES))}"
             )
-        self._rules = FAMILIES[hf_config.model_type]
         text = hf_config.text_config
-        self._shape = AttentionShape(
-            text.num_attention_heads,
-            text.num_key_value_heads,
-            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        )
-        dtype = DTYPES[model.dtype]
+        self.cost = StepCost.of(text, hf_config.vision_config, not model.freeze_vision)
+        self._recomputes = parallel_config.recompute == "full"
+        is_interleaved = parallel_config.vpp_size > 1
         with device.seam():
-            self.module = Qwen25VL(hf_config, transformer_config(hf_config, parallel_config, dtype))
-            self.module.to(device.device())
-            self._load_hf_weights(model.path)
-            self.module.vision.requires_grad_(not model.freeze_vision)
-            self.model = DistributedDataParallel(
-                self.module.config,
-                DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-                self.module,
+            config = transformer_config(hf_config, model, parallel_config)
+            config.finalize_model_grads_func = self._finalize_gradients
+            stages = range(parallel_config.vpp_size) if is_interleaved else [None]
+            self.chunks = [Qwen25VL(hf_config, config, stage) for stage in stages]
+            for chunk in self.chunks:
+                chunk.to(device.device())
+            self._weights = NamedWeights(
+                self.chunks,
+                FAMILIES[hf_config.model_type],
+                AttentionShape.of(text),
+                text.vocab_size,
             )
-            self.optimizer, self.schedule = build_optimizer(optimizer, num_steps, self.model, dtype)
-        self.module.config.no_sync_func = self.model.no_sync
-        self.module.config.finalize_model_grads_func = _sum_gradients_over_ranks
+            self._weights.load(HfWeights(model.path))
+            self._tower: Any = getattr(self.chunks[0], "vision", None)
+            self._trains_vision = not model.freeze_vision
+            if self._tower is not None:
+                self._tower.requires_grad_(self._trains_vision)
+            ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+            self.model = [
+                DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks
+            ]
+            self.optimizer, self.schedule = build_optimizer(
+                optimizer, num_steps, self.model, config.params_dtype
+            )
+        self._features: StepFeatures | None = None
+        self._frozen_features: tuple[object, StepFeatures] | None = None
         self._reference = (
-            [p.detach().clone() for p in self.module.parameters()] if keep_reference else None
+            [p.detach().clone() for p in self._parameters()] if keep_reference else None
         )
 
     @torch.no_grad()
-    def logprobs(self, batches: Sequence[MicroBatch], rule: losses.SoftmaxRule) -> list[Tensor]:
-        """Return the response tokens' log-probs, fp32 [N, S] a micro-batch, without gradients."""
-        with device.seam():
-            return [
-                losses.response_logprobs(self.module(batch), batch, rule)[0] for batch in batches
-            ]
+    def logprobs(self, step: StepBatch, rule: losses.SoftmaxRule) -> list[Tensor]:
+        """Return the response tokens' log-probs, fp32 [R] a micro-batch, on every rank alike."""
+        parts: list[Tensor] = []
 
-    def reference_logprobs(
-        self, batches: Sequence[MicroBatch], rule: losses.SoftmaxRule
-    ) -> list[Tensor]:
+        def read(logits_RV: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
+            # Forward passes run in the order of the micro-batches on the last stage.
+            batch = step.micro_batches[len(parts)]
+            whole_R = torch.zeros(len(batch.predicts_R), device=logits_RV.device)
+            whole_R[view.row_index_R] = rule.logprobs(logits_RV, view.rows)[0]
+            parts.append(whole_R)
+            return logits_RV.new_zeros(()), _no_tokens(logits_RV), {}
+
+        with device.seam():
+            self._features = self._encode(step, trains=False)
+            self._run(step, read, forward_only=True)
+        sizes = [len(batch.predicts_R) for batch in step.micro_batches]
+        whole = torch.cat(parts) if parts else torch.zeros(sum(sizes), device=device.device())
+        return list(parallel.from_context_and_last_stage(whole).split(sizes))
+
+    def reference_logprobs(self, step: StepBatch, rule: losses.SoftmaxRule) -> list[Tensor]:
         """Return log-probs under the reference weights (the ones that the run started from)."""
         with self._reference_weights():
-            return self.logprobs(batches, rule)
+            return self.logprobs(step, rule)
 
     def train_step(
-        self, batches: Sequence[MicroBatch], loss_function: losses.LossFunction
+        self, step: StepBatch, loss_function: losses.LossFunction
     ) -> dict[str, float]:
         """Take one optimizer step on the sum of the micro-batches' losses over all ranks.
 
         Returns:
             The loss function's metrics (summed, or the largest, over micro-batches and ranks),
-            `grad_norm` before clipping, and `lr`.
+            `grad_norm` before clipping, and `lr`; the same on every rank.
         """
         results: list[losses.LossResult] = []
 
-        def forward(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
-            batch = next(iterator)
-            return model(batch), partial(apply_loss, batch=batch)
-
-        def apply_loss(logits_RV: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict]:
-            result = loss_function(logits_RV, batch)
+        def learn(logits_RV: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
+            result = loss_function(logits_RV, view.rows)
             results.append(result)
-            return result.loss, torch.ones((), dtype=torch.int, device=logits_RV.device), {}
+            return result.loss, _no_tokens(logits_RV), {}
 
         with device.seam():
-            self.model.zero_grad_buffer()
+            for chunk in self.model:
+                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=iter(batches),
-                model=[self.model],
-                num_microbatches=len(batches),
-                seq_length=batches[0].token_ids_NS.shape[1],
-                micro_batch_size=batches[0].token_ids_NS.shape[0],
-            )
+            self._features = self._encode(step, trains=True)
+            self._run(step, learn, forward_only=False)
             lr = self.optimizer.param_groups[0]["lr"]
             outcome: Any = self.optimizer.step()
             _, grad_norm, _ = outcome
             self.schedule.step(1)
         mine = losses.total(results)
-        metrics = parallel.sum_over_dp(mine.sums)
-        metrics |= {name: parallel.max_over_dp(value) for name, value in mine.maxima.items()}
+        metrics = parallel.reduce_metrics(mine.sums, mine.maxima)
         return metrics | {"grad_norm": float(grad_norm), "lr": float(lr)}
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every weight under its Hugging Face name; the tensors share the model's memory."""
-        named = ((name, p.detach()) for name, p in self.module.named_parameters())
-        return megatron_to_hf(self._rules, named, self._shape)
+        """Yield every whole weight under its Hugging Face name, on every rank.
 
-    def _load_hf_weights(self, folder: str) -> None:
-        weights = HfWeights(folder)
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                rule, hf_names = required_hf_names(self._rules, name)
-                tensors = [weights[n] for n in hf_names]
-                for hf_name, tensor, ours in zip(
-                    hf_names, tensors, split(rule.kind, parameter, self._shape), strict=True
-                ):
-                    if tensor.shape != ours.shape:
-                        raise ValueError(
-                            f"{folder}: {hf_name} is of shape {tuple(tensor.shape)}, but "
-                            f"config.json describes {tuple(ours.shape)}"
+        Collective over the replica: all its ranks must iterate to the end.
+        """
+        return self._weights.export()
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the last train step's gradients, float32, as `named_tensors` yields weights.
+
+        Each rank of the distributed optimizer keeps its share of the summed gradients: gathered
+        here, for tests and for the parity check.
+        """
+        with device.seam():
+            for chunk in self.model:
+                for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+                    for bucket in buffer.buckets:
+                        shares = bucket.grad_data.chunk(buffer.data_parallel_group.size())
+                        mine = shares[buffer.data_parallel_group.rank()].clone()
+                        dist.all_gather_into_tensor(
+                            bucket.grad_data, mine, group=buffer.data_parallel_group
                         )
-                parameter.copy_(merge(rule.kind, tensors, self._shape))
+        return self._weights.export(
+            "gradients", lambda p: p.main_grad if p.requires_grad else None
+        )
+
+    def _run(self, step: StepBatch, on_logits: _Step, *, forward_only: bool) -> None:
+        """Send the step's micro-batches through Megatron's schedule for this layout."""
+
+        def forward(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple:
+            view = local_view(next(iterator))
+            features = self._features.features_MD if self._features else None
+            return model(view, features), partial(on_logits, view=view)
+
+        batches = step.micro_batches
+        iterators = [iter(batches) for _ in self.model]
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=len(batches[0].token_ids_T),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        self._features = None
+
+    def _encode(self, step: StepBatch, *, trains: bool) -> StepFeatures | None:
+        """Encode the step's images, on the first stage; a frozen tower once for all passes."""
+        if self._tower is None:
+            return None
+        if self._trains_vision:
+            return StepFeatures(
+                self._tower, step.images, trains=trains, recomputes=self._recomputes
+            )
+        if self._frozen_features is None or self._frozen_features[0] is not step.images:
+            features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)
+            self._frozen_features = (step.images, features)
+        return self._frozen_features[1]
+
+    def _finalize_gradients(
+        self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        """Send the image features' gradients through the tower, then add up over ranks.
+
+        Plain sums: the losses already carry the one global denominator.
+        """
+        if self._features is not None:
+            self._features.backward()
+        finalize_model_grads(model, None, **kwargs)
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        for chunk in self.chunks:
+            yield from chunk.parameters()
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
         assert self._reference is not None, "built without keep_reference"
-        current = [p.detach().clone() for p in self.module.parameters()]
+        current = [p.detach().clone() for p in self._parameters()]
         self._copy_in(self._reference)
         try:
             yield
@@ -178,12 +253,10 @@ class MegatronPolicy:
 
     @torch.no_grad()
     def _copy_in(self, tensors: Sequence[Tensor]) -> None:
-        for parameter, tensor in zip(self.module.parameters(), tensors, strict=True):
+        for parameter, tensor in zip(self._parameters(), tensors, strict=True):
             parameter.copy_(tensor)
 
 
-def _sum_gradients_over_ranks(
-    model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
-) -> None:
-    """Reduce gradients as plain sums: the losses already carry the one global denominator."""
-    finalize_model_grads(model, None, **kwargs)
+def _no_tokens(like: Tensor) -> Tensor:
+    """The token count that Megatron asks for; nothing divides by it."""
+    return torch.ones((), dtype=torch.int, device=like.device)

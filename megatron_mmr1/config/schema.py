@@ -17,16 +17,29 @@ class ModelConfig:
 
     path: str = MISSING
     dtype: str = "float32"  # float32 | bfloat16
+    fp8: str = "off"  # off | hybrid | e4m3; needs Transformer Engine
     freeze_vision: bool = False
 
 
 @dataclass
 class ParallelConfig:
-    """Megatron's parallel sizes. Data parallelism is whatever the world size leaves."""
+    """Megatron's parallel sizes; data parallelism is whatever the number of processes leaves.
+
+    `vpp_size` is the number of model chunks that each pipeline rank interleaves.
+    `first_stage_layers` gives the first stage, which also holds the vision tower, fewer (or more)
+    layers than the others. `recompute` trades time for activation memory: "selective" repeats core
+    attention, "full" every layer and the vision tower.
+    """
 
     tp_size: int = 1
     pp_size: int = 1
+    vpp_size: int = 1
     cp_size: int = 1
+    ep_size: int = 1
+    sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    batch_p2p: bool = False  # pipeline sends and receives in one batched call
+    recompute: str = "none"  # none | selective | full
 
 
 @dataclass
@@ -144,7 +157,7 @@ class GrpoConfig:
     seed: int = 0
     num_steps: int = MISSING
     prompts_per_step: int = MISSING
-    micro_batch_size: int = MISSING  # sequences a forward pass
+    max_tokens_per_microbatch: int = MISSING  # packed tokens of a forward pass, padding included
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -167,7 +180,7 @@ class SftConfig:
     seed: int = 0
     num_steps: int = MISSING
     global_batch_size: int = MISSING
-    micro_batch_size: int = MISSING
+    max_tokens_per_microbatch: int = MISSING
     data: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,9 +1,10 @@
 """The vocabulary of a conversion table: how one Megatron parameter is
 made of Hugging Face tensors, and back.
 
-A rule is pure data; merging and splitting are pure functions on whole (unsharded) tensors, so they
-need no process group and no Megatron. A family's table is a tuple of rules; the first pattern that
-matches wins.
+A rule is pure data; its kind names two pairs of pure functions that need no process group and no
+Megatron: merge and split, between Hugging Face's tensors and Megatron's whole one, and shard and
+gather, between the whole one and tensor-parallel parts. A family's table is a tuple of rules; the
+first pattern that matches wins.
 
 H query heads, K key/value heads, E head size, D hidden.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ class AttentionShape:
     num_kv_heads: int
     head_dim: int
 
+    @classmethod
+    def of(cls, text_config: Any) -> AttentionShape:
+        """Read a Hugging Face text config."""
+        heads = text_config.num_attention_heads
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+        return cls(heads, text_config.num_key_value_heads, head_dim)
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -38,8 +46,9 @@ class Rule:
         megatron: name with `*` for a layer number (one at most) or, at the end, `**` for any
             suffix.
         kind: the layout. replicated, row and vocab hold one tensor as it is and say which dim
-            tensor parallelism cuts (none, 1, 0); qkv interleaves q, k and v by key/value
-            head; gated stacks gate over up.
+            tensor parallelism cuts (none, 1, 0; vocab is first padded to equal parts); qkv
+            interleaves q, k and v by key/value head and is then cut in dim 0, so that there may be
+            more parts than key/value heads; gated stacks gate over up, each cut in dim 0.
         hf: names in the order that the kind expects, with the same `*` or `**`.
     """
 
@@ -84,6 +93,36 @@ def merge(kind: Kind, tensors: Sequence[Tensor], shape: AttentionShape) -> Tenso
 def split(kind: Kind, tensor: Tensor, shape: AttentionShape) -> tuple[Tensor, ...]:
     """Make the Hugging Face tensors of the Megatron one; the inverse of `merge`."""
     return _SPLIT[kind](tensor, shape) if kind in _SPLIT else (tensor,)
+
+
+def shard(kind: Kind, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """Return one tensor-parallel rank's part of a whole Megatron tensor.
+
+    A vocabulary that does not divide is padded with zero rows at its end.
+    """
+    if kind == "replicated" or tp_size == 1:
+        return tensor
+    if kind == "row":
+        return tensor.chunk(tp_size, dim=1)[tp_rank]
+    if kind == "gated":
+        return torch.cat([half.chunk(tp_size)[tp_rank] for half in tensor.chunk(2)])
+    if kind == "vocab":
+        missing = -len(tensor) % tp_size
+        tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+    return tensor.chunk(tp_size)[tp_rank]
+
+
+def gather(kind: Kind, shards: Sequence[Tensor], vocab_size: int) -> Tensor:
+    """Make the whole Megatron tensor of all ranks' parts; the inverse of `shard`."""
+    if kind == "replicated" or len(shards) == 1:
+        return shards[0]
+    if kind == "row":
+        return torch.cat(list(shards), dim=1)
+    if kind == "gated":
+        halves = zip(*(part.chunk(2) for part in shards), strict=True)
+        return torch.cat([part for half in halves for part in half])
+    whole = torch.cat(list(shards))
+    return whole[:vocab_size] if kind == "vocab" else whole
 
 
 def _merge_qkv(tensors: Sequence[Tensor], shape: AttentionShape) -> Tensor:

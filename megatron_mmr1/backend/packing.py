@@ -1,0 +1,202 @@
+"""Which sequences share a micro-batch, which rank trains them, and what they cost in FLOPs.
+
+Owns the two assignments and the cost they weigh. Does not build tensors (batching.py), knows no
+process group, and imports neither torch nor megatron: every rank computes the whole plan from the
+same integers, so the functions are deterministic and no rank has to be told.
+
+The two assignments want different weights. Memory grows with tokens, so micro-batches are filled
+by length; time grows with FLOPs, so ranks are balanced by `StepCost`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# A linear layer's backward is two products of the forward's size: for its input, for its weight.
+_PASSES_TRAINED = 3
+_PASSES_FROZEN = 1
+
+
+def pad_to(length: int, multiple: int) -> int:
+    """Round `length` up to a multiple, both in tokens."""
+    return -(-length // multiple) * multiple
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack sequences into micro-batches: longest first, each into the first one with room.
+
+    At most 11/9 of the fewest possible bins, plus one (Johnson, 1973). Sequences are short beside
+    the capacity, so the last ones placed fill the holes and the bins come out nearly full. The
+    price: a group is spread over bins, and each bin that holds part of it encodes its images.
+
+    A tree over the bins holds in every node the largest room below it; the first bin with room is
+    one walk down from the root: O(n log n). Bins that are not open yet are leaves with all their
+    room, so that opening one is no special case.
+
+    Args:
+        lengths: tokens of each sequence, as it will lie in the micro-batch (padding included).
+        capacity: tokens a bin holds.
+
+    Returns:
+        Indices into `lengths` for each bin, bins in order of opening, and in a bin longest first.
+        Equal lengths go by index. Nothing for no sequences.
+
+    Raises:
+        ValueError: a sequence is longer than a bin.
+    """
+    longest = max(lengths, default=0)
+    if longest > capacity:
+        raise ValueError(
+            f"max_tokens_per_microbatch={capacity} holds no sequence of {longest} tokens (sequence "
+            f"{list(lengths).index(longest)}); raise it to {longest} or more, or lower "
+            "max_prompt_tokens or max_response_tokens"
+        )
+    num_leaves = 1 << max(len(lengths) - 1, 0).bit_length()
+    room = [capacity] * (
+        2 * num_leaves
+    )  # node k has the children 2k and 2k + 1; node 1 is the root
+    bins: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # stable: ties by index
+        length = lengths[index]
+        node = 1
+        while node < num_leaves:
+            node *= 2
+            node += room[node] < length
+        if node - num_leaves == len(bins):
+            bins.append([])
+        bins[node - num_leaves].append(index)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return bins
+
+
+def longest_processing_time(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Balance work over ranks: the costliest item first, each to the least loaded rank.
+
+    The costliest rank has at most 4/3 - 1/(3 num_ranks) of the smallest possible load (Graham,
+    1969). An item is what must stay on one rank, such as a prompt with all its responses: kept
+    together, their images are encoded once.
+
+    Args:
+        costs: of each item, in any one unit.
+        num_ranks: data-parallel ranks.
+
+    Returns:
+        Indices into `costs` for each rank, ascending. Equal costs go by index, and to the lower of
+        equally loaded ranks. A rank has none where items are fewer than ranks.
+    """
+    items: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [(0.0, rank) for rank in range(num_ranks)]  # ascending, hence a heap
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, rank = loads[0]
+        items[rank].append(index)
+        heapq.heapreplace(loads, (load + costs[index], rank))
+    return [sorted(indices) for indices in items]
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """FLOPs that a sequence or an image adds to one training step of a Qwen2.5-VL.
+
+    Equation, for a sequence of L tokens, R of them the response's, and images of n patches:
+
+        sequence = text_token * L + output_token * R + text_pair * L (L + 1) / 2
+        images   = sum_n  n * (patch + window_pair * min(n, window_patches) + full_pair * n)
+
+    A product of [a, b] and [b, c] counts 2abc. Counted are the matrix products and the attention of
+    forward and backward. Not counted: norms, activations, rotary embedding, softmax, the optimizer,
+    and whatever is computed twice (recomputed activations, flash attention's backward), as in the
+    usual model-FLOPs utilisation. Only ratios matter to the balance.
+
+    Attributes:
+        text_token: of the decoder's linear layers, a token.
+        output_token: of the output layer, a response token. Prompt tokens have no loss and no
+            logits.
+        text_pair: of attention, a (query, key) pair. The causal half, L (L + 1) / 2 pairs, is
+            counted: what a fused kernel computes of a packed micro-batch, in which a sequence sees
+            no other.
+        patch: of the vision tower's linear layers (patch embedding, blocks, merger), a patch.
+        window_pair: of the layers with window attention, a pair.
+        full_pair: of the layers with full attention, a pair.
+        window_patches: patches of a whole window.
+    """
+
+    text_token: float
+    output_token: float
+    text_pair: float
+    patch: float
+    window_pair: float
+    full_pair: float
+    window_patches: int
+
+    @classmethod
+    def of(cls, text_config: Any, vision_config: Any, trains_vision: bool) -> StepCost:
+        """Read the sizes off a Hugging Face Qwen2_5_VLConfig.
+
+        Args:
+            text_config: its `text_config`.
+            vision_config: its `vision_config`.
+            trains_vision: False if the tower is frozen: it lies before the decoder, so nothing
+                needs its gradient and it costs its forward only.
+        """
+        text, vision = text_config, vision_config
+        hidden = text.hidden_size
+        head = hidden // text.num_attention_heads
+        attention = 2 * hidden * hidden + 2 * hidden * text.num_key_value_heads * head
+        decoder = text.num_hidden_layers * (attention + 3 * hidden * text.intermediate_size)
+
+        # Everything from here to the merger runs once a patch, the merger once in merge^2 patches.
+        width, merge = vision.hidden_size, vision.spatial_merge_size
+        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        block = 4 * width * width + 3 * width * vision.intermediate_size
+        merged = merge * merge * width
+        merger = merged * (merged + vision.out_hidden_size) // (merge * merge)
+        tower = pixels * width + vision.depth * block + merger
+        num_full = len(vision.fullatt_block_indexes)
+        # A window's side is a whole number of merged patches.
+        side = vision.window_size // (merge * vision.patch_size) * merge
+
+        # A weight is one multiply-add a token, 2 FLOPs. A pair is two dot products (scores, values)
+        # as wide as all heads together, 4 FLOPs a channel.
+        passes = _PASSES_TRAINED if trains_vision else _PASSES_FROZEN
+        return cls(
+            text_token=2.0 * _PASSES_TRAINED * decoder,
+            output_token=2.0 * _PASSES_TRAINED * hidden * text.vocab_size,
+            text_pair=4.0 * _PASSES_TRAINED * text.num_hidden_layers * hidden,
+            patch=2.0 * passes * tower,
+            window_pair=4.0 * passes * (vision.depth - num_full) * width,
+            full_pair=4.0 * passes * num_full * width,
+            window_patches=side * side,
+        )
+
+    def sequence(self, num_tokens: int, num_response_tokens: int) -> float:
+        """FLOPs of a sequence in the decoder, its image tokens included but not their encoding.
+
+        Args:
+            num_tokens: prompt and response.
+            num_response_tokens: those of the response.
+        """
+        pairs = num_tokens * (num_tokens + 1) / 2
+        linear = self.text_token * num_tokens + self.output_token * num_response_tokens
+        return linear + self.text_pair * pairs
+
+    def images(self, num_patches_of_each: Sequence[int]) -> float:
+        """FLOPs of encoding images once. Add it once for every time that they are encoded.
+
+        Approximations, both upwards and together about 1% of a 7B model's tower at most: every
+        window counts as whole, though those at an image's edge are smaller; and a trained patch
+        embedding counts a gradient for the pixels, which nobody needs.
+
+        Args:
+            num_patches_of_each: patches (before merging) of each image; a video's frames count
+                one by one, because attention stays within a frame.
+        """
+        return sum(
+            n * (self.patch + self.window_pair * min(n, self.window_patches) + self.full_pair * n)
+            for n in num_patches_of_each
+        )

@@ -1,0 +1,129 @@
+"""What one implementation computed of one batch, kept as safetensors, and how two of them differ.
+
+Owns the measures of difference and their bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+# Float32: the same numbers, added in another order. Largest difference of a log-prob in nats; of
+# the loss, whose terms are of order 1; of a gradient tensor, norm of the difference over norm.
+LOGPROB_BOUND = 1e-5
+LOSS_BOUND = 1e-5
+GRADIENT_BOUND = 1e-5
+# bfloat16: mean error against float32 over Hugging Face's own. Both round at every layer, in
+# different places, so that neither error bounds the other.
+BFLOAT16_BOUND = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Log-probs of each sample [R], the loss, and every gradient by Hugging Face name.
+
+    Attributes:
+        old, ref: the frozen log-probs of each sample that the loss was given.
+    """
+
+    logprobs: list[Tensor]
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    old: list[Tensor]
+    ref: list[Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        tensors = {"loss": self.loss}
+        for name, values in (("logprobs", self.logprobs), ("old", self.old), ("ref", self.ref)):
+            tensors |= {f"{name}/{index:04d}": value for index, value in enumerate(values)}
+        tensors |= {f"gradient/{name}": value for name, value in self.gradients.items()}
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Outcome:
+        """Read what `save` wrote."""
+        tensors = load_file(path)
+
+        def listed(prefix: str) -> list[Tensor]:
+            return [tensors[name] for name in sorted(tensors) if name.startswith(f"{prefix}/")]
+
+        return cls(
+            listed("logprobs"),
+            tensors["loss"],
+            {n.removeprefix("gradient/"): t for n, t in tensors.items() if "gradient/" in n},
+            listed("old"),
+            listed("ref"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one outcome is from another; NaN counts as too far.
+
+    Attributes:
+        logprob: largest, in nats.
+        loss: absolute.
+        gradient: the worst tensor's, norm of the difference over norm.
+        worst_gradient: that tensor's name.
+    """
+
+    logprob: float
+    loss: float
+    gradient: float
+    worst_gradient: str
+
+    @property
+    def is_within_bounds(self) -> bool:
+        """Whether all three are."""
+        return (
+            self.logprob <= LOGPROB_BOUND
+            and self.loss <= LOSS_BOUND
+            and self.gradient <= GRADIENT_BOUND
+        )
+
+
+def difference(ours: Outcome, theirs: Outcome) -> Difference:
+    """Compare two outcomes of the same samples.
+
+    Raises:
+        ValueError: they hold other samples or other gradients.
+    """
+    if [len(x) for x in ours.logprobs] != [len(x) for x in theirs.logprobs]:
+        raise ValueError("the outcomes are of different samples")
+    if ours.gradients.keys() != theirs.gradients.keys():
+        missing = sorted(ours.gradients.keys() ^ theirs.gradients.keys())
+        raise ValueError(f"only one of the outcomes has gradients of {', '.join(missing[:3])} ...")
+    gradients = {
+        name: _relative(ours.gradients[name], theirs.gradients[name]) for name in theirs.gradients
+    }
+    worst = max(gradients, key=lambda name: gradients[name])
+    logprobs = torch.cat(ours.logprobs) - torch.cat(theirs.logprobs)
+    return Difference(
+        _number(logprobs.abs().max()),
+        _number((ours.loss - theirs.loss).abs()),
+        gradients[worst],
+        worst,
+    )
+
+
+def mean_logprob_error(ours: Outcome, exact: Outcome) -> float:
+    """Mean absolute difference of the log-probs, in nats."""
+    return float((torch.cat(ours.logprobs) - torch.cat(exact.logprobs)).abs().mean())
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference over the norm; where there is nothing, anything is infinitely much."""
+    norm = theirs.double().norm()
+    error = (ours.double() - theirs.double()).norm()
+    if norm == 0:
+        return 0.0 if error == 0 else float("inf")
+    return _number(error / norm)
+
+
+def _number(value: Tensor) -> float:
+    return float(value) if value.isfinite() else float("inf")

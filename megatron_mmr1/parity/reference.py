@@ -1,0 +1,103 @@
+"""What Hugging Face computes: one unpadded sequence at a time, autograd, the equations in full.
+
+Deliberately shares nothing with our path but the samples: positions are Hugging Face's own, the
+loss is written out, nothing is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mmr1.backend.batching import Sample
+from megatron_mmr1.config.schema import AlgorithmConfig
+from megatron_mmr1.parity.outcome import Outcome
+
+TEMPERATURE = 0.7
+ALGORITHM = AlgorithmConfig(kl_coefficient=0.1)
+
+
+def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load Hugging Face's model with its plainest attention.
+
+    Its embedding drops the gradient of the padding token, which a response may well hold
+    (`<|endoftext|>`): the mark is taken off.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+    )
+    model.get_input_embeddings().padding_idx = None
+    return model
+
+
+def hf_outcome(
+    model: Any,
+    samples: Sequence[Sample],
+    banned_token_ids: Sequence[int],
+    constants: tuple[list[Tensor], list[Tensor]] | None = None,
+) -> Outcome:
+    """Compute log-probs, the GRPO loss (token mean over kept samples) and its gradients.
+
+    Args:
+        constants: old and reference log-probs; made here when None, so far from the present ones
+            that some ratios are clipped.
+    """
+    model.zero_grad(set_to_none=True)
+    now = [hf_logprobs(model, s, TEMPERATURE, banned_token_ids) for s in samples]
+    if constants is None:
+        generator = torch.Generator().manual_seed(1)
+        old, ref = (
+            [(x.detach() + 0.3 * torch.randn(x.shape, generator=generator)) for x in now]
+            for _ in range(2)
+        )
+    else:
+        old, ref = constants
+    terms = []
+    for sample, logprobs, old_R, ref_R in zip(samples, now, old, ref, strict=True):
+        ratio = (logprobs - old_R).exp()
+        clipped = ratio.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
+        gain = torch.minimum(ratio * sample.advantage, clipped * sample.advantage)
+        kl = (ref_R - logprobs).exp() - (ref_R - logprobs) - 1
+        if sample.is_kept:
+            terms.append(-gain + ALGORITHM.kl_coefficient * kl)
+    loss = torch.cat(terms).mean()
+    loss.backward()
+    gradients = {
+        file_name_of(name): torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+    return Outcome([x.detach() for x in now], loss.detach(), gradients, old, ref)
+
+
+def hf_logprobs(
+    model: Any, sample: Sample, temperature: float, banned_token_ids: Sequence[int]
+) -> Tensor:
+    """Log-probs [R] of one sequence's response, fp32."""
+    prompt = sample.prompt
+    token_ids = torch.cat([prompt.token_ids, sample.response_token_ids])[None]
+    pixels = prompt.pixel_values
+    logits_SV = model(
+        input_ids=token_ids,
+        attention_mask=torch.ones_like(token_ids),
+        pixel_values=None if pixels is None else pixels.to(model.dtype),
+        image_grid_thw=prompt.image_grid_thw,
+        mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
+    ).logits[0]
+    logits_RV = logits_SV[len(prompt.token_ids) - 1 : -1].float() / temperature
+    is_banned_V = torch.zeros(logits_RV.shape[-1], dtype=torch.bool)
+    is_banned_V[list(banned_token_ids)] = True
+    all_logprobs_RV = logits_RV.masked_fill(is_banned_V, -torch.inf).log_softmax(-1)
+    return all_logprobs_RV.gather(-1, sample.response_token_ids[:, None])[:, 0]
+
+
+def file_name_of(hf_parameter: str) -> str:
+    """A parameter of the Hugging Face module under its name in the safetensors file."""
+    return hf_parameter.replace("model.language_model.", "model.").replace(
+        "model.visual.", "visual."
+    )
