@@ -217,9 +217,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split_or_on_padding(aggregation,
         def pad(values, fill, part=part):
             return torch.nn.functional.pad(values[part], (0, 3), value=fill)
 
-        weights = _weights(
-            pad(mask, False), kept[part], aggregation, (num_tokens, num_sequences)
-        )
+        weights = _weights(pad(mask, False), kept[part], aggregation, (num_tokens, num_sequences))
         result = grpo_loss(
             pad(now, NAN), pad(old, 7.0), advantages[part], weights, clip_low=0.2, clip_high=0.2
         )

@@ -284,7 +284,7 @@ BAD_ROWS = {
     "path outside": ({"images": [{"bytes": None, "path": "../secret.png"}]}, "leads out"),
     "link outside": ({"images": [{"bytes": None, "path": "link.png"}]}, "leads out"),
     "missing file": ({"images": [{"bytes": None, "path": "no.png"}]}, "does not exist"),
-    "long prompt": ({"problem": "<image>" + "Sum?" * 40}, "exceeds max_prompt_tokens=64"),
+    "long prompt": ({"problem": "<image>" + "Sum?" * 40}, "exceed max_prompt_tokens=64"),
     "vision token in text": ({"problem": "<image><|image_pad|>Sum?"}, "2 image placeholders"),
     "unknown text": ({"problem": "<image>Zebra?"}, "no token"),
 }
@@ -303,7 +303,7 @@ def test_bad_rows_are_set_aside_with_their_reason(
     rows += [prompt_row("good"), prompt_row("good"), from_path, text_only]
     path = write_rows(tmp_path / "data" / "rows.parquet", rows, PROMPT_SCHEMA)
 
-    prompts = PromptDataset(path, processor, max_prompt_tokens=64)
+    prompts = PromptDataset(path, processor, max_tokens=64)
 
     assert prompts.prompt_ids == ["good", "from path", "text only"]
     assert prompts.categories == ["sum2", "sum2", ""]

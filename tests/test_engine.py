@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_batches, make_policy, mixed_prompts, png, response_rows
+from helpers import make_policy, make_step, mixed_prompts, png, sample_logprobs
 from torch import Tensor
 
 from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
-from megatron_mmr1.types import Prompt, RolloutGroup
+from megatron_mmr1.types import Prompt, ResponseRows, RolloutGroup
 from megatron_mmr1.weight_sync import WeightSync
 
 pytestmark = pytest.mark.vllm
@@ -79,9 +79,8 @@ def differences(
     samples = samples_of(groups)
     if banned_token_ids is None:
         banned_token_ids = processor.banned_token_ids
-    batches = make_batches(processor, samples, len(samples))
-    logprobs = policy.logprobs(batches, losses.SoftmaxRule(temperature, banned_token_ids))
-    rows = response_rows(batches, logprobs)
+    step = make_step(policy, processor, samples)
+    rows = sample_logprobs(policy, step, losses.SoftmaxRule(temperature, banned_token_ids))
     return torch.cat([(a - s.rollout_logprobs).abs() for a, s in zip(rows, samples, strict=True)])
 
 
@@ -170,11 +169,17 @@ def test_a_greedy_response_is_the_most_likely_token_each_time(
     greedy = replace(SAMPLING, group_size=1, temperature=0.0)
     groups = generate(engine, prompts, greedy)
     assert tokens(groups) == tokens(generate(engine, prompts, replace(greedy, seed=5, step=9)))
-    (batch,) = make_batches(tiny_processor, samples_of(groups))
-    with torch.no_grad():
-        logits = policy.module(batch)
-    logits[:, list(tiny_processor.banned_token_ids)] = -torch.inf
-    assert torch.equal(logits.argmax(-1), batch.token_ids_NS[batch.response_mask_NS])
+    likeliest: list[Tensor] = []
+
+    def look(logits_RV: Tensor, rows: ResponseRows) -> losses.LossResult:
+        allowed_RV = logits_RV.detach().clone()
+        allowed_RV[:, list(tiny_processor.banned_token_ids)] = -torch.inf
+        likeliest.append(allowed_RV.argmax(-1) == rows.target_ids_R)
+        return losses.LossResult(0 * logits_RV.sum())
+
+    policy.train_step(make_step(policy, tiny_processor, samples_of(groups)), look)
+    assert len(torch.cat(likeliest)) == sum(len(r.token_ids) for g in groups for r in g.rollouts)
+    assert torch.cat(likeliest).all()
 
 
 def test_a_pushed_update_reaches_the_engine(
@@ -186,9 +191,9 @@ def test_a_pushed_update_reaches_the_engine(
 ):
     sync = WeightSync(policy, engine)
     before = generate(engine, prompts)
-    batches = make_batches(tiny_processor, samples_of(before))
+    step = make_step(policy, tiny_processor, samples_of(before))
     rule = losses.SoftmaxRule(1.0, tiny_processor.banned_token_ids)
-    policy.train_step(batches, losses.supervised(rule))
+    policy.train_step(step, losses.supervised(rule))
     sync.push(version=1)
     after = generate(engine, prompts)
     assert {group.weight_version for group in before} == {0}

@@ -19,15 +19,12 @@ import pytest
 import torch
 from helpers import (
     TINY_SHAPE,
-    file_name_of,
     gradients,
-    hf_logprobs,
-    load_hf,
-    make_batches,
     make_policy,
+    make_step,
     mixed_prompts,
     relative_difference,
-    response_rows,
+    sample_logprobs,
     scored_groups,
     weights,
     with_constants,
@@ -40,10 +37,12 @@ from megatron_mmr1 import device
 from megatron_mmr1.algorithms.advantages import group_advantages
 from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.checkpoint import Checkpoints, check_metadata
-from megatron_mmr1.config.schema import AlgorithmConfig
+from megatron_mmr1.backend.vision import CHUNK_PATCHES, StepFeatures
+from megatron_mmr1.config.schema import AlgorithmConfig, ParallelConfig
 from megatron_mmr1.convert import FAMILIES, megatron_to_hf
 from megatron_mmr1.data.processor import PromptProcessor
-from megatron_mmr1.types import MicroBatch, ScoredGroup, Verdict
+from megatron_mmr1.parity.reference import file_name_of, hf_logprobs, load_hf
+from megatron_mmr1.types import ScoredGroup, StepBatch, Verdict
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -67,7 +66,7 @@ def rule(tiny_processor: PromptProcessor) -> losses.SoftmaxRule:
     return losses.SoftmaxRule(0.7, tiny_processor.banned_token_ids)
 
 
-# Log-probs
+# Log-probs (at other layouts than one process: tests/test_parity.py)
 
 
 def worst_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -76,7 +75,7 @@ def worst_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 @torch.no_grad()
 def all_hf_logprobs(model: Any, samples: Samples, rule: losses.SoftmaxRule) -> list[Tensor]:
-    return [hf_logprobs(model, sample, rule) for sample in samples]
+    return [hf_logprobs(model, s, rule.temperature, rule.banned_token_ids) for s in samples]
 
 
 @pytest.mark.parametrize("folder_name", ["tiny_model_dir", "tied_model_dir"])
@@ -88,36 +87,37 @@ def test_logprobs_equal_hugging_face(
     rule: losses.SoftmaxRule,
 ):
     folder = request.getfixturevalue(folder_name)
-    batches = make_batches(tiny_processor, samples)
-    ours = response_rows(batches, make_policy(folder).logprobs(batches, rule))
+    policy = make_policy(folder)
+    ours = sample_logprobs(policy, make_step(policy, tiny_processor, samples), rule)
     theirs = all_hf_logprobs(load_hf(folder), samples, rule)
     assert worst_difference(ours, theirs) <= LOGPROB_TOLERANCE
 
 
-def test_a_micro_batch_without_images_equals_hugging_face(
+def test_a_step_without_images_equals_hugging_face(
     tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
 ):
     text_only = [s for s in samples if s.prompt.pixel_values is None]
-    batches = make_batches(tiny_processor, text_only)
-    assert batches[0].pixel_values is None
     policy = make_policy(tiny_model_dir)
-    ours = response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX))
+    step = make_step(policy, tiny_processor, text_only)
+    assert step.images == ()
+    ours = sample_logprobs(policy, step, WHOLE_SOFTMAX)
     theirs = all_hf_logprobs(load_hf(tiny_model_dir), text_only, WHOLE_SOFTMAX)
     assert worst_difference(ours, theirs) <= LOGPROB_TOLERANCE
-    assert policy.train_step(batches, losses.supervised(WHOLE_SOFTMAX))["grad_norm"] > 0
+    assert policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))["grad_norm"] > 0
+    assert all(not g.any() for name, g in gradients(policy).items() if name.startswith("visual."))
 
 
 def test_positions_of_plain_text_would_be_noticed(
     tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
 ):
     """Negative control of the comparison with Hugging Face, which makes its positions itself."""
-    batches = make_batches(tiny_processor, samples)
     flat = [
-        replace(b, position_ids_3NS=torch.arange(b.token_ids_NS.shape[1]).expand_as(p))
-        for b in batches
-        for p in [b.position_ids_3NS]
+        replace(s, prompt=replace(s.prompt, position_ids=torch.arange(n).expand(3, n)))
+        for s in samples
+        for n in [len(s.prompt.token_ids)]
     ]
-    ours = response_rows(flat, make_policy(tiny_model_dir).logprobs(flat, WHOLE_SOFTMAX))
+    policy = make_policy(tiny_model_dir)
+    ours = sample_logprobs(policy, make_step(policy, tiny_processor, flat), WHOLE_SOFTMAX)
     theirs = all_hf_logprobs(load_hf(tiny_model_dir), samples, WHOLE_SOFTMAX)
     for sample, a, b in zip(samples, ours, theirs, strict=True):
         has_image = sample.prompt.pixel_values is not None
@@ -130,13 +130,12 @@ def test_qkv_rows_in_another_order_would_be_noticed(
     """Negative control: all queries, then keys, then values, as a naive converter stacks them."""
     policy = make_policy(tiny_model_dir)
     with torch.no_grad():
-        for name, parameter in policy.module.named_parameters():
+        for name, parameter in policy.chunks[0].named_parameters():
             if "linear_qkv" in name:
                 named = [(name, parameter.clone())]
                 parts = megatron_to_hf(FAMILIES["qwen2_5_vl"], named, TINY_SHAPE)
                 parameter.copy_(torch.cat([tensor for _, tensor in parts]))
-    batches = make_batches(tiny_processor, samples)
-    ours = response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX))
+    ours = sample_logprobs(policy, make_step(policy, tiny_processor, samples), WHOLE_SOFTMAX)
     theirs = all_hf_logprobs(load_hf(tiny_model_dir), samples, WHOLE_SOFTMAX)
     assert all(worst_difference([a], [b]) > 0.1 for a, b in zip(ours, theirs, strict=True))
 
@@ -145,9 +144,9 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_face_in_bfloat16(
     tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
 ):
     """Both round at every layer, in different places: neither error bounds the other, hence 1.5."""
-    batches = make_batches(tiny_processor, samples)
     policy = make_policy(tiny_model_dir, dtype="bfloat16")
-    ours = torch.cat(response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX)))
+    step = make_step(policy, tiny_processor, samples)
+    ours = torch.cat(sample_logprobs(policy, step, WHOLE_SOFTMAX))
     exact, theirs = (
         torch.cat(all_hf_logprobs(load_hf(tiny_model_dir, dtype), samples, WHOLE_SOFTMAX))
         for dtype in (torch.float32, torch.bfloat16)
@@ -176,7 +175,7 @@ def hf_grpo_loss(
     """The equations, a sequence at a time, unpadded, with autograd through Hugging Face."""
     per_sequence = []
     for sample, old, ref in zip(samples, *constants, strict=True):
-        logprobs = hf_logprobs(model, sample, rule)
+        logprobs = hf_logprobs(model, sample, rule.temperature, rule.banned_token_ids)
         ratio = (logprobs - old).exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         gain = torch.minimum(ratio * sample.advantage, clipped * sample.advantage)
@@ -204,10 +203,10 @@ def test_every_supervised_gradient_equals_hugging_face_autograd(
 ):
     folder = request.getfixturevalue(folder_name)
     model, policy = load_hf(folder), make_policy(folder)
-    loss = -torch.cat([hf_logprobs(model, sample, WHOLE_SOFTMAX) for sample in samples]).mean()
+    loss = -torch.cat([hf_logprobs(model, sample, 1.0, ()) for sample in samples]).mean()
     loss.backward()
-    batches = make_batches(tiny_processor, samples)
-    metrics = policy.train_step(batches, losses.supervised(WHOLE_SOFTMAX))
+    step = make_step(policy, tiny_processor, samples)
+    metrics = policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))
     assert metrics["loss"] == pytest.approx(loss.item(), rel=SUM_TOLERANCE)
     assert_gradients_equal(gradients(policy), model)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
@@ -227,59 +226,114 @@ def test_every_grpo_gradient_equals_hugging_face_autograd(
     constants = constants_for(model, samples, rule)
     loss = hf_grpo_loss(model, samples, rule, constants, config)
     loss.backward()
-    batches = make_batches(tiny_processor, samples, aggregation=aggregation)
-    batches = with_constants(batches, *constants)
-    metrics = policy.train_step(batches, losses.grpo(config, rule))
+    step = make_step(policy, tiny_processor, samples, aggregation=aggregation)
+    metrics = policy.train_step(with_constants(step, *constants), losses.grpo(config, rule))
     assert 0 < metrics["clip_fraction"] < 1, "the case must have clipped and unclipped tokens"
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)  # terms of both signs cancel
     assert_gradients_equal(gradients(policy), model)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_loss_and_gradients_do_not_change_with_the_micro_batch_size(
+def test_loss_and_gradients_do_not_change_with_the_packing(
     tiny_model_dir: Path,
     tiny_processor: PromptProcessor,
     samples: Samples,
     rule: losses.SoftmaxRule,
     aggregation: str,
 ):
-    """Padding and the order of additions change, which float32 rounds."""
+    """The order of additions changes, which float32 rounds."""
     config = AlgorithmConfig(aggregation=aggregation, kl_coefficient=0.1)
     constants = constants_for(load_hf(tiny_model_dir), samples, rule)
 
-    def step(batches: list[MicroBatch]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def train(
+        max_tokens: int, change: Callable[[StepBatch], StepBatch] = lambda step: step
+    ) -> tuple[dict[str, float], dict[str, Tensor], int]:
         policy = make_policy(tiny_model_dir)
-        batches = with_constants(batches, *constants)
-        return policy.train_step(batches, losses.grpo(config, rule)), gradients(policy)
+        step = change(make_step(policy, tiny_processor, samples, max_tokens, aggregation))
+        step = with_constants(step, *constants)
+        metrics = policy.train_step(step, losses.grpo(config, rule))
+        return metrics, gradients(policy), len(step.micro_batches)
 
-    whole, whole_gradients = step(make_batches(tiny_processor, samples, 8, aggregation))
-    for size in (1, 2, 4):
-        metrics, parts_gradients = step(make_batches(tiny_processor, samples, size, aggregation))
-        assert metrics == pytest.approx(whole, rel=GRADIENT_TOLERANCE)
+    whole, whole_gradients, num_batches = train(1024)
+    assert num_batches == 1
+    for max_tokens in (40, 64, 128):
+        metrics, parts_gradients, num_batches = train(max_tokens)
+        assert num_batches > 1
+        assert metrics == pytest.approx(whole, rel=GRADIENT_TOLERANCE, abs=SUM_TOLERANCE)
         for name, gradient in whole_gradients.items():
             assert relative_difference(parts_gradients[name], gradient) <= GRADIENT_TOLERANCE
 
-    # Negative control: each micro-batch with its own denominator, then the mean of the four.
-    own = [
-        make_batches(tiny_processor, samples[i : i + 2], 2, aggregation)[0] for i in (0, 2, 4, 6)
-    ]
-    own = [replace(b, token_weights_NS=b.token_weights_NS / 4) for b in own]
-    is_equal = step(own)[0]["loss"] == pytest.approx(whole["loss"], rel=1e-3)
-    # Means over sequences commute with equal splits; means over tokens don't.
-    assert is_equal == (aggregation == "sequence_mean")
+    # Negative control: each micro-batch with its own denominator, then the mean of them.
+    def own_denominators(step: StepBatch) -> StepBatch:
+        batches = []
+        for batch in step.micro_batches:
+            weights_R = batch.rows.token_weights_R
+            own_R = weights_R / weights_R.sum() / len(step.micro_batches)
+            batches.append(replace(batch, rows=replace(batch.rows, token_weights_R=own_R)))
+        return replace(step, micro_batches=tuple(batches))
+
+    assert train(64, own_denominators)[0]["loss"] != pytest.approx(whole["loss"], rel=1e-3)
 
 
-def test_images_of_a_prompt_are_encoded_once_a_micro_batch(
-    tiny_model_dir: Path, tiny_processor: PromptProcessor
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_images_of_a_group_are_encoded_once_a_step(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, recompute: str
 ):
+    """Though its responses lie in several micro-batches. Full recomputation encodes them again in
+    the backward pass, as it repeats everything; a frozen tower serves all passes of a step.
+    """
     prompts = mixed_prompts(tiny_processor)
-    groups = scored_groups(prompts, tiny_processor, group_size=4)
-    samples = batching.samples_of_groups(groups)
+    samples = batching.samples_of_groups(scored_groups(prompts, tiny_processor, group_size=4))
+    num_patches = sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
+    loss = losses.grpo(AlgorithmConfig(), WHOLE_SOFTMAX)
+    for freeze_vision in (False, True):
+        policy = make_policy(
+            tiny_model_dir,
+            freeze_vision=freeze_vision,
+            layout=ParallelConfig(recompute=recompute),
+        )
+        passes: list[int] = []
+        tower = policy.chunks[0].vision
+        tower.register_forward_hook(lambda m, args, out, to=passes: to.append(len(args[0])))
+        step = make_step(policy, tiny_processor, samples, max_tokens=64)
+        split = [b.rows.sample_R.div(4, rounding_mode="floor") for b in step.micro_batches]
+        assert sum(bool((groups == 0).any()) for groups in split) > 1, "a group in one micro-batch"
+        policy.train_step(step, loss)
+        repeats = 2 if recompute == "full" and not freeze_vision else 1
+        assert sum(passes) == repeats * num_patches
+        old = policy.logprobs(step, WHOLE_SOFTMAX)
+        policy.train_step(batching.with_logprobs(step, old), loss)
+        assert sum(passes) == (num_patches if freeze_vision else num_patches * (2 * repeats + 1))
+
+
+def test_images_in_several_chunks_have_the_same_features_and_gradients(
+    tiny_model_dir: Path,
+    tiny_processor: PromptProcessor,
+    samples: Samples,
+    monkeypatch: pytest.MonkeyPatch,
+):
     policy = make_policy(tiny_model_dir)
-    rows: list[int] = []
-    policy.module.vision.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
-    policy.logprobs(make_batches(tiny_processor, samples, 16), WHOLE_SOFTMAX)
-    assert rows == [sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)]
+    tower, images = policy.chunks[0].vision, make_step(policy, tiny_processor, samples).images
+
+    def run(max_patches: int, recomputes: bool) -> tuple[Tensor, list[Tensor]]:
+        monkeypatch.setattr("megatron_mmr1.backend.vision.CHUNK_PATCHES", max_patches)
+        step = StepFeatures(tower, images, trains=True, recomputes=recomputes)
+        assert step.features_MD is not None
+        found = []
+        hooks = [
+            p.register_hook(lambda g, to=found: to.append(g.clone())) for p in tower.parameters()
+        ]
+        step.features_MD.square().sum().backward()
+        step.backward()
+        for hook in hooks:
+            hook.remove()
+        return step.features_MD.detach(), found
+
+    features, expected = run(CHUNK_PATCHES, False)
+    again, repeated = run(CHUNK_PATCHES, True)
+    assert torch.equal(again, features) and all(map(torch.equal, repeated, expected))
+    chunked, _ = run(1, True)
+    torch.testing.assert_close(chunked, features, rtol=1e-5, atol=1e-6)
 
 
 def without_verdict(group: ScoredGroup, index: int) -> ScoredGroup:
@@ -308,8 +362,8 @@ def test_a_response_that_could_not_be_judged_counts_as_absent(
     results = []
     for present in (samples, judged):
         policy = make_policy(tiny_model_dir)
-        batches = make_batches(tiny_processor, present, len(present), aggregation)
-        metrics = policy.train_step(batches, loss)
+        step = make_step(policy, tiny_processor, present, 1024, aggregation)
+        metrics = policy.train_step(step, loss)
         results.append((metrics["loss"], metrics["grad_norm"], gradients(policy)))
     (loss_all, norm_all, with_them), (loss_judged, norm_judged, without) = results
     # Centred advantages make the loss nearly zero: the bound is in units of its terms, of order 1.
@@ -317,6 +371,17 @@ def test_a_response_that_could_not_be_judged_counts_as_absent(
     assert norm_all == pytest.approx(norm_judged, rel=GRADIENT_TOLERANCE)
     for name in without:
         assert relative_difference(with_them[name], without[name]) <= GRADIENT_TOLERANCE
+
+
+def test_image_tokens_that_do_not_match_their_grid_are_refused(
+    tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
+):
+    prompt = samples[0].prompt
+    assert prompt.image_grid_thw is not None
+    wrong = replace(prompt, image_grid_thw=prompt.image_grid_thw * torch.tensor([1, 1, 2]))
+    policy = make_policy(tiny_model_dir)
+    with pytest.raises(ValueError, match=r"'square' has 4 image tokens.*image_grid_thw.* make 8"):
+        make_step(policy, tiny_processor, [replace(samples[0], prompt=wrong)])
 
 
 # Weights
@@ -340,14 +405,14 @@ def test_reference_logprobs_stay_those_of_the_start(
     tiny_model_dir: Path, tiny_processor: PromptProcessor, samples: Samples
 ):
     policy = make_policy(tiny_model_dir, lr=1e-2, keep_reference=True)
-    batches = make_batches(tiny_processor, samples)
-    start = torch.cat(response_rows(batches, policy.logprobs(batches, WHOLE_SOFTMAX)))
-    policy.train_step(batches, losses.supervised(WHOLE_SOFTMAX))
+    step = make_step(policy, tiny_processor, samples)
+    start = torch.cat(policy.logprobs(step, WHOLE_SOFTMAX))
+    policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))
     trained = weights(policy)
-    reference = policy.reference_logprobs(batches, WHOLE_SOFTMAX)
-    now = policy.logprobs(batches, WHOLE_SOFTMAX)
-    assert torch.equal(torch.cat(response_rows(batches, reference)), start)
-    assert (torch.cat(response_rows(batches, now)) - start).abs().max() > 0.01
+    reference = torch.cat(policy.reference_logprobs(step, WHOLE_SOFTMAX))
+    now = torch.cat(policy.logprobs(step, WHOLE_SOFTMAX))
+    assert torch.equal(reference, start)
+    assert (now - start).abs().max() > 0.01
     assert all(torch.equal(tensor, trained[name]) for name, tensor in policy.named_tensors())
 
 
@@ -356,7 +421,7 @@ def test_a_frozen_vision_tower_does_not_move(
 ):
     policy = make_policy(tiny_model_dir, lr=1e-2, freeze_vision=True)
     before = weights(policy)
-    policy.train_step(make_batches(tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
+    policy.train_step(make_step(policy, tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
     for name, tensor in policy.named_tensors():
         assert torch.equal(tensor, before[name]) == name.startswith("visual."), name
 
@@ -451,22 +516,22 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(
     run_dir: Path,
     dtype: str,
 ):
-    batches = make_batches(tiny_processor, samples)
     loss = losses.supervised(WHOLE_SOFTMAX)
     policy = make_policy(tiny_model_dir, dtype=dtype)
+    step = make_step(policy, tiny_processor, samples)
     checkpoints = Checkpoints(run_dir, keep_last=2)
     for _ in range(2):
-        policy.train_step(batches, loss)
+        policy.train_step(step, loss)
     state = {"step": 2, "best": 0.5, "sampler": {"draws": [1, 2]}}
     checkpoints.save(2, policy, state, is_best=True)
     random_numbers = torch.rand(3)
-    metrics = [policy.train_step(batches, loss) for _ in range(2)]
+    metrics = [policy.train_step(step, loss) for _ in range(2)]
 
     fresh = make_policy(tiny_model_dir, dtype=dtype)
     assert checkpoints.newest() == 2
     assert checkpoints.load(2, fresh) == state
     assert torch.equal(torch.rand(3), random_numbers)
-    assert [fresh.train_step(batches, loss) for _ in range(2)] == metrics
+    assert [fresh.train_step(step, loss) for _ in range(2)] == metrics
     expected = weights(policy)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.named_tensors())
 
@@ -560,7 +625,7 @@ def test_no_other_file_of_a_checkpoint_can_run_code(
     name: str,
 ):
     policy, checkpoints = make_policy(tiny_model_dir), Checkpoints(run_dir, keep_last=2)
-    policy.train_step(make_batches(tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
+    policy.train_step(make_step(policy, tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
     checkpoints.save(1, policy, {}, is_best=False)
     proof = run_dir / "it_ran"
     plant(run_dir / "checkpoints" / "step_1", name, RunsACommand(f"touch '{proof}'"))
@@ -574,7 +639,7 @@ def test_in_bfloat16_all_weights_are_and_rotary_frequencies_are_not(tiny_model_d
 
     A weight left in float32 (a norm's) makes Megatron save optimizer states under other names.
     """
-    module = make_policy(tiny_model_dir, dtype="bfloat16").module
+    module = make_policy(tiny_model_dir, dtype="bfloat16").chunks[0]
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     frequencies = [b for name, b in module.named_buffers() if "inv_freq" in name]
     assert frequencies and all(b.dtype == torch.float32 for b in frequencies)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from megatron_mmr1.config.schema import SamplerConfig
-from megatron_mmr1.sampling import SAMPLERS, DataParallelSlice, build_sampler
+from megatron_mmr1.sampling import SAMPLERS, EngineShare, build_sampler
 from megatron_mmr1.sampling.scores import outcome_variance_score
 from megatron_mmr1.sampling.uniform import UniformSampler
 from megatron_mmr1.sampling.vas import draw_by_weight, num_scored_draws
@@ -236,7 +236,7 @@ def test_state_of_another_data_set_is_refused():
 def test_slices_of_all_ranks_make_the_batch(size, batch_size):
     whole = _sampler(batch_size=batch_size)
     slices = [
-        iter(DataParallelSlice(_sampler(batch_size=batch_size), rank, size)) for rank in range(size)
+        iter(EngineShare(_sampler(batch_size=batch_size), rank, size)) for rank in range(size)
     ]
     for _ in range(10):
         shares = [next(one) for one in slices]
@@ -250,7 +250,7 @@ def test_slices_of_all_ranks_make_the_batch(size, batch_size):
 def test_a_data_loader_draws_a_batch_only_when_it_is_asked_for():
     sampler = _sampler(batch_size=2)
     data = TensorDataset(torch.arange(10))
-    loader = iter(DataLoader(data, batch_sampler=DataParallelSlice(sampler, 0, 1)))
+    loader = iter(DataLoader(data, batch_sampler=EngineShare(sampler, 0, 1)))
     for step in range(1, 6):
         assert len(next(loader)[0]) == 2
         assert sampler.scores.draws.sum() == 2 * step

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_mmr1.backend import parallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class LocalSequences(PackedSeqParams):
         gathered[torch.cat(list(held))] = torch.arange(boundaries[-1])
         runs = []  # first local query, number of queries, first packed key, number of keys
         local = 0
-        for start, end in zip(boundaries, boundaries[1:], strict=False):
+        for start, end in pairwise(boundaries):
             if size == 1:
                 runs.append((start, end - start, start, end - start))
                 continue
@@ -88,7 +90,7 @@ class LocalSequences(PackedSeqParams):
         blocks, context_index_T = _blocks([run for run in runs if run[1]], gathered, size > 1)
         return cls(
             boundaries=torch.tensor(boundaries, dtype=torch.int32, device=target),
-            longest=max((b - a for a, b in zip(boundaries, boundaries[1:], strict=False))),
+            longest=max(b - a for a, b in pairwise(boundaries)),
             blocks=[_to(block, target) for block in blocks],
             context_index_T=context_index_T.to(target),
         )
@@ -103,7 +105,7 @@ class PackedAttention(MegatronModule):
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config=config)
-        self._cp_group = parallel_state.get_context_parallel_group()
+        self._cp_group = parallel.cp_group()
 
     def forward(
         self,

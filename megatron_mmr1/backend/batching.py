@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ from torch import Tensor
 from megatron_mmr1 import device
 from megatron_mmr1.algorithms.advantages import group_advantages
 from megatron_mmr1.algorithms.grpo_loss import loss_counts, token_weights
+from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.packing import (
     StepCost,
     first_fit_decreasing,
     longest_processing_time,
     pad_to,
 )
+from megatron_mmr1.config.layout import sequence_multiple, total_multiple
 from megatron_mmr1.config.schema import ParallelConfig
 from megatron_mmr1.types import (
     Demonstration,
@@ -36,6 +39,13 @@ from megatron_mmr1.types import (
 )
 
 _PAD_SEQUENCE_TOKENS = 64  # padding at the end is cut into short sequences: attention is quadratic
+
+
+class _Processor(Protocol):
+    """What of data.processor.PromptProcessor the model's image tokens depend on."""
+
+    image_token_id: int
+    spatial_merge_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +123,15 @@ class Packing:
     is_fixed_length: bool = False
 
     @classmethod
-    def at(cls, parallel: ParallelConfig, max_tokens: int) -> Packing:
+    def at(cls, layout: ParallelConfig, max_tokens: int) -> Packing:
         """Return the packing rules of a layout."""
         return cls(
             max_tokens,
-            sequence_multiple=sequence_multiple(parallel),
-            total_multiple=total_multiple(parallel),
-            count_multiple=parallel.pp_size if parallel.vpp_size > 1 else 1,
-            is_fixed_length=parallel.pp_size > 1,
+            sequence_multiple=sequence_multiple(layout),
+            total_multiple=total_multiple(layout),
+            count_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
+            is_fixed_length=layout.pp_size > 1,
         )
-
-
-def sequence_multiple(parallel: ParallelConfig) -> int:
-    """Return what a sequence's tokens must be a multiple of."""
-    return 2 * parallel.cp_size if parallel.cp_size > 1 else 1
-
-
-def total_multiple(parallel: ParallelConfig) -> int:
-    """Return what a micro-batch's tokens must be a multiple of."""
-    return sequence_multiple(parallel) * (parallel.tp_size if parallel.sequence_parallel else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +152,17 @@ class StepPlan:
     costs: list[float]
     waste: float
 
-    @property
-    def imbalance(self) -> float:
-        """The costliest rank's FLOPs over the mean: what all ranks wait for, 1 at best."""
+    def metrics(self) -> dict[str, float]:
+        """Return numbers for the log, keys "packing/..."; imbalance is 1 at best.
+
+        Imbalance is the costliest rank's FLOPs over the mean: what all ranks wait for.
+        """
         mean = sum(self.costs) / len(self.costs)
-        return max(self.costs) / mean if mean else 1.0
+        return {
+            "packing/micro_batches": float(len(self.micro_batches[0])),
+            "packing/waste": self.waste,
+            "packing/imbalance": max(self.costs) / mean if mean else 1.0,
+        }
 
 
 def plan_step(
@@ -194,53 +200,6 @@ def plan_step(
     )
 
 
-def build_step(
-    plan: StepPlan,
-    dp_rank: int,
-    sizes: Sequence[SampleSize],
-    sample: Callable[[int], Sample],
-    packing: Packing,
-    aggregation: str,
-    images: ImageTokens,
-) -> StepBatch:
-    """Build the tensors of one data-parallel rank's share.
-
-    Args:
-        sample: makes sample `index` of the step; called for this rank's share only. On ranks that
-            encode images (`images.are_encoded_here`) its prompt holds pixels.
-
-    Raises:
-        ValueError: a prompt's image tokens are not those of its images.
-    """
-    bins = plan.micro_batches[dp_rank]
-    lengths = _padded_lengths(bins, sizes, packing)
-    samples = {index: sample(index) for indices in bins for index in indices}
-    first_feature: dict[str, int] = {}
-    encoded: list[PromptImages] = []
-    num_features = 0
-    for index in sorted(samples):
-        prompt = samples[index].prompt
-        if prompt.image_grid_thw is None or prompt.prompt_id in first_feature:
-            continue
-        first_feature[prompt.prompt_id] = num_features
-        num_features += images.check(prompt)
-        if images.are_encoded_here:
-            assert prompt.pixel_values is not None
-            encoded.append(PromptImages(prompt.pixel_values, prompt.image_grid_thw))
-    kept_N = torch.tensor([size.is_kept for size in sizes])
-    responses_N = torch.tensor([size.num_response_tokens for size in sizes])
-    weights_N = token_weights(
-        responses_N, kept_N, aggregation, plan.num_tokens, plan.num_sequences
-    ).tolist()
-    micro_batches = tuple(
-        _micro_batch(
-            [(i, samples[i], weights_N[i]) for i in indices], length, packing, first_feature, images
-        )
-        for indices, length in zip(bins, lengths, strict=True)
-    )
-    return StepBatch(micro_batches, tuple(encoded))
-
-
 @dataclass(frozen=True, slots=True)
 class ImageTokens:
     """What inserting images needs to know of a model, and of this rank.
@@ -251,7 +210,14 @@ class ImageTokens:
 
     token_id: int
     spatial_merge_size: int
-    are_encoded_here: bool = True
+    are_encoded_here: bool
+
+    @classmethod
+    def of(cls, processor: _Processor) -> ImageTokens:
+        """Read a model's processor, and this rank's pipeline stage."""
+        return cls(
+            processor.image_token_id, processor.spatial_merge_size, parallel.is_first_stage()
+        )
 
     def check(self, prompt: Prompt) -> int:
         """Count the features that a prompt's images make.
@@ -269,6 +235,39 @@ class ImageTokens:
                 "text and images with the model's own processor"
             )
         return made
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuilder:
+    """Makes this rank's share of an optimizer step.
+
+    Attributes:
+        cost: balances data-parallel ranks.
+        aggregation: see algorithms.grpo_loss.token_weights.
+    """
+
+    packing: Packing
+    cost: StepCost
+    aggregation: str
+    images: ImageTokens
+
+    def build(
+        self, sizes: Sequence[SampleSize], sample: Callable[[int], Sample]
+    ) -> tuple[StepBatch, StepPlan]:
+        """Plan the step over all ranks and build the tensors of this one.
+
+        Args:
+            sizes: of all samples of the step, the same on every rank.
+            sample: makes sample `index`; called for this rank's share only. On ranks that encode
+                images its prompt holds pixels.
+
+        Raises:
+            ValueError: a sample is longer than a micro-batch, or a prompt's image tokens are not
+                those of its images.
+        """
+        plan = plan_step(sizes, self.packing, self.cost, parallel.dp_size())
+        args = self.packing, self.aggregation, self.images
+        return _build(plan, parallel.dp_rank(), sizes, sample, *args), plan
 
 
 def samples_of_groups(groups: Sequence[ScoredGroup]) -> list[Sample]:
@@ -311,6 +310,45 @@ def with_logprobs(
             rows = replace(rows, ref_logprobs_R=ref[index])
         batches.append(replace(batch, rows=rows))
     return replace(step, micro_batches=tuple(batches))
+
+
+def _build(
+    plan: StepPlan,
+    dp_rank: int,
+    sizes: Sequence[SampleSize],
+    sample: Callable[[int], Sample],
+    packing: Packing,
+    aggregation: str,
+    images: ImageTokens,
+) -> StepBatch:
+    """Build the tensors of one data-parallel rank's share."""
+    bins = plan.micro_batches[dp_rank]
+    lengths = _padded_lengths(bins, sizes, packing)
+    samples = {index: sample(index) for indices in bins for index in indices}
+    first_feature: dict[str, int] = {}
+    encoded: list[PromptImages] = []
+    num_features = 0
+    for index in sorted(samples):
+        prompt = samples[index].prompt
+        if prompt.image_grid_thw is None or prompt.prompt_id in first_feature:
+            continue
+        first_feature[prompt.prompt_id] = num_features
+        num_features += images.check(prompt)
+        if images.are_encoded_here:
+            assert prompt.pixel_values is not None
+            encoded.append(PromptImages(prompt.pixel_values, prompt.image_grid_thw))
+    kept_N = torch.tensor([size.is_kept for size in sizes])
+    responses_N = torch.tensor([size.num_response_tokens for size in sizes])
+    weights_N = token_weights(
+        responses_N, kept_N, aggregation, plan.num_tokens, plan.num_sequences
+    ).tolist()
+    micro_batches = tuple(
+        _micro_batch(
+            [(i, samples[i], weights_N[i]) for i in indices], length, packing, first_feature, images
+        )
+        for indices, length in zip(bins, lengths, strict=True)
+    )
+    return StepBatch(micro_batches, tuple(encoded))
 
 
 def _group_cost(sizes: Sequence[SampleSize], cost: StepCost) -> float:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.attention import LocalSequences
 from megatron_mmr1.types import PackedBatch, ResponseRows
 
@@ -46,8 +47,7 @@ class LocalView:
 
 def local_view(batch: PackedBatch) -> LocalView:
     """Cut a micro-batch for this rank."""
-    rank = parallel_state.get_context_parallel_rank()
-    size = parallel_state.get_context_parallel_world_size()
+    rank, size = parallel.cp_group().rank(), parallel.cp_group().size()
     boundaries = batch.boundaries
     target = batch.token_ids_T.device
     held = [zigzag_positions(boundaries, r, size) for r in range(size)]
@@ -74,7 +74,7 @@ def zigzag_positions(boundaries: Sequence[int], rank: int, size: int) -> Tensor:
     if size == 1:
         return torch.arange(boundaries[-1])
     parts = []
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    for start, end in pairwise(boundaries):
         chunk, remainder = divmod(end - start, 2 * size)
         assert remainder == 0, "packing pads every sequence to a multiple of 2 * cp_size"
         for index in (rank, 2 * size - 1 - rank):

@@ -7,7 +7,8 @@ Parallelism: the vision tower and the embedding are on the first pipeline stage,
 the last. Order on the first stage: tokens are cut over context-parallel ranks, embedded, image
 features put in, and then cut over tensor-parallel ranks (sequence parallelism).
 
-T tokens of this rank, R its response tokens, V its part of the vocabulary, D hidden, M image tokens.
+T tokens of this rank, R its response tokens, V its part of the vocabulary, D hidden, M image
+tokens.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def transformer_config(
     """
     text: Any = hf_config.text_config
     dtype = DTYPES[model.dtype]
+    fp8: Any = None if model.fp8 == "off" else model.fp8
+    recompute: Any = None if parallel.recompute == "none" else parallel.recompute
     is_interleaved = parallel.vpp_size > 1
     return TransformerConfig(
         num_layers=text.num_hidden_layers,
@@ -81,7 +84,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        fp8=None if model.fp8 == "off" else model.fp8,
+        fp8=fp8,
         fp8_recipe="tensorwise",
         tensor_model_parallel_size=parallel.tp_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -92,10 +95,10 @@ def transformer_config(
         expert_model_parallel_size=parallel.ep_size,
         overlap_p2p_comm=is_interleaved and not parallel.batch_p2p,
         batch_p2p_comm=parallel.batch_p2p,
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
-        recompute_method="uniform" if parallel.recompute == "full" else None,
-        recompute_num_layers=1 if parallel.recompute == "full" else None,
-        recompute_modules=["core_attn"] if parallel.recompute == "selective" else None,
+        recompute_granularity=recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=["core_attn"] if recompute == "selective" else None,
         use_cpu_initialization=not device.has_gpu(),
         perform_initialization=False,
         calculate_per_token_loss=True,
@@ -127,9 +130,10 @@ class Qwen25VL(MegatronModule):
             vision_config._attn_implementation = "sdpa"
             self.vision: Any = Qwen2_5_VisionTransformerPretrainedModel(vision_config)
         self.vocab_size: int = text.vocab_size
-        self.language = GPTModel(
+        layers: Any = block_spec(config, vp_stage)
+        self.language: Any = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, vp_stage),
+            transformer_layer_spec=layers,
             vocab_size=pad_to(text.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=text.max_position_embeddings,
             position_embedding_type="mrope",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -14,7 +15,7 @@ from megatron_mmr1.config.schema import OptimizerConfig
 def build_optimizer(
     config: OptimizerConfig,
     num_steps: int,
-    model: list[DistributedDataParallel],
+    model: list[Any],
     dtype: torch.dtype,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build AdamW over the trainable parameters and its schedule over `num_steps` optimizer steps.

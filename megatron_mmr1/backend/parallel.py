@@ -67,6 +67,31 @@ def finalize() -> None:
         dist.destroy_process_group()
 
 
+def tp_group() -> dist.ProcessGroup:
+    """Return the tensor-parallel process group."""
+    return _one(parallel_state.get_tensor_model_parallel_group())
+
+
+def pp_group() -> dist.ProcessGroup:
+    """Return the pipeline-parallel process group."""
+    return _one(parallel_state.get_pipeline_model_parallel_group())
+
+
+def cp_group() -> dist.ProcessGroup:
+    """Return the context-parallel process group."""
+    return _one(parallel_state.get_context_parallel_group())
+
+
+def dp_cp_group() -> dist.ProcessGroup:
+    """Return the group over which gradients are added: data- and context-parallel ranks."""
+    return _one(parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
+def _one(group: Any) -> dist.ProcessGroup:
+    assert group is not None and not isinstance(group, list)
+    return group
+
+
 def dp_rank() -> int:
     """Return this process's data-parallel rank."""
     return parallel_state.get_data_parallel_rank()
@@ -100,33 +125,32 @@ def reduce_metrics(sums: dict[str, float], maxima: dict[str, float]) -> dict[str
     """
     metrics: dict[str, float] = {}
     if is_last_stage():
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         for values, operation in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
             names = sorted(values)
             totals = torch.tensor(
                 [values[name] for name in names], dtype=torch.float64, device=device.device()
             )
             if names:
-                dist.all_reduce(totals, operation, group=group)
+                dist.all_reduce(totals, operation, group=dp_cp_group())
             metrics |= dict(zip(names, totals.tolist(), strict=True))
     return _from_last_stage(metrics)
 
 
 def _from_last_stage(value: Any) -> Any:
     box = [value]
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast_object_list(
-        box, src=last, group=parallel_state.get_pipeline_model_parallel_group()
-    )
+    dist.broadcast_object_list(box, src=_last_of_pipeline(), group=pp_group())
     return box[0]
+
+
+def _last_of_pipeline() -> int:
+    return dist.get_global_rank(pp_group(), pp_group().size() - 1)
 
 
 def from_context_and_last_stage(values: torch.Tensor) -> torch.Tensor:
     """Add the last stage's context-parallel parts (zeros where a rank has none), on every rank."""
     if is_last_stage():
-        dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(values, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+        dist.all_reduce(values, group=cp_group())
+    dist.broadcast(values, src=_last_of_pipeline(), group=pp_group())
     return values
 
 

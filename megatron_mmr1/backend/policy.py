@@ -14,12 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -42,7 +40,7 @@ from megatron_mmr1.convert import FAMILIES, AttentionShape
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.types import PackedBatch, StepBatch
 
-_Step = Callable[[Tensor, LocalView], tuple[Tensor, Tensor, Any]]
+_OnLogits = Callable[[Tensor, LocalView], tuple[Tensor, Tensor, Any]]
 
 
 class MegatronPolicy:
@@ -99,7 +97,7 @@ class MegatronPolicy:
             if self._tower is not None:
                 self._tower.requires_grad_(self._trains_vision)
             ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
-            self.model = [
+            self.model: list[Any] = [
                 DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks
             ]
             self.optimizer, self.schedule = build_optimizer(
@@ -136,9 +134,7 @@ class MegatronPolicy:
         with self._reference_weights():
             return self.logprobs(step, rule)
 
-    def train_step(
-        self, step: StepBatch, loss_function: losses.LossFunction
-    ) -> dict[str, float]:
+    def train_step(self, step: StepBatch, loss_function: losses.LossFunction) -> dict[str, float]:
         """Take one optimizer step on the sum of the micro-batches' losses over all ranks.
 
         Returns:
@@ -188,17 +184,15 @@ class MegatronPolicy:
                         dist.all_gather_into_tensor(
                             bucket.grad_data, mine, group=buffer.data_parallel_group
                         )
-        return self._weights.export(
-            "gradients", lambda p: p.main_grad if p.requires_grad else None
-        )
+        return self._weights.export("gradients", lambda p: p.main_grad if p.requires_grad else None)
 
-    def _run(self, step: StepBatch, on_logits: _Step, *, forward_only: bool) -> None:
+    def _run(self, step: StepBatch, on_logits: _OnLogits, *, forward_only: bool) -> None:
         """Send the step's micro-batches through Megatron's schedule for this layout."""
 
         def forward(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple:
             view = local_view(next(iterator))
             features = self._features.features_MD if self._features else None
-            return model(view, features), partial(on_logits, view=view)
+            return model(view, features), lambda logits_RV: on_logits(logits_RV, view)
 
         batches = step.micro_batches
         iterators = [iter(batches) for _ in self.model]
@@ -238,8 +232,7 @@ class MegatronPolicy:
         finalize_model_grads(model, None, **kwargs)
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
-        for chunk in self.chunks:
-            yield from chunk.parameters()
+        return (parameter for chunk in self.chunks for parameter in chunk.parameters())
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:

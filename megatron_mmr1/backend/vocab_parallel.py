@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor
+
+from megatron_mmr1.backend import parallel
 
 
 def selective_logprobs(
@@ -38,7 +39,7 @@ def selective_logprobs(
     Parallelism: results are the same on every tensor-parallel rank. A gradient of the result must
     be, too; each rank then gets its own columns' gradient.
     """
-    tp_group = parallel_state.get_tensor_model_parallel_group()
+    tp_group = parallel.tp_group()
     num_local = local_logits_RV.shape[-1]
     first = tp_group.rank() * num_local
     dtype = torch.float64 if local_logits_RV.dtype == torch.float64 else torch.float32

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_mmr1 import device
+from megatron_mmr1.backend import parallel
 from megatron_mmr1.convert import AttentionShape, Rule, required_hf_names
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.convert.rules import gather, merge, shard, split
@@ -110,8 +110,7 @@ class NamedWeights:
     def _read(self, weights: HfWeights, name: str, parameter: Tensor) -> Tensor:
         rule, hf_names = required_hf_names(self._rules, name)
         tensors = [weights[n] for n in hf_names]
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        rank = parallel_state.get_tensor_model_parallel_rank()
+        size, rank = parallel.tp_group().size(), parallel.tp_group().rank()
         expected = self._whole_shapes(rule, parameter, size)
         for hf_name, tensor, shape in zip(hf_names, tensors, expected, strict=True):
             if tensor.shape != shape:
@@ -132,7 +131,7 @@ class NamedWeights:
     def _exchange_pieces(self, what: str, values: dict[str, Tensor | None]) -> list[_Piece]:
         """Learn once what every stage has to give; it stays the same for the whole run."""
         if what not in self._pieces:
-            group = parallel_state.get_pipeline_model_parallel_group()
+            group = parallel.pp_group()
             mine = [
                 _Piece(name, tuple(tensor.shape), tensor.dtype, group.rank())
                 for name, tensor in values.items()
@@ -143,10 +142,12 @@ class NamedWeights:
             self._pieces[what] = [piece for share in shares for piece in share]
         return self._pieces[what]
 
-    def _move(self, bucket: Sequence[_Piece], values: dict[str, Tensor | None]) -> list[list[Tensor]]:
+    def _move(
+        self, bucket: Sequence[_Piece], values: dict[str, Tensor | None]
+    ) -> list[list[Tensor]]:
         """Return the tensor-parallel parts of each of the bucket's parameters."""
-        pp_group = parallel_state.get_pipeline_model_parallel_group()
-        tp_group = parallel_state.get_tensor_model_parallel_group()
+        pp_group = parallel.pp_group()
+        tp_group = parallel.tp_group()
         is_mine = bucket[0].stage == pp_group.rank()
         is_replicated = self._is_replicated(bucket[0].name) or tp_group.size() == 1
         if is_mine and is_replicated and pp_group.size() == 1:
@@ -184,10 +185,13 @@ def _global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
     first = layers[0].layer_number - 1 if len(layers) else 0
     for name, parameter in chunk.named_parameters():
         yield (
-            re.sub(r"(?<=\.layers\.)\d+", lambda m: str(int(m.group()) + first), name)
-            if name.startswith("language.")
-            else name
-        ), parameter
+            (
+                re.sub(r"(?<=\.layers\.)\d+", lambda m: str(int(m.group()) + first), name)
+                if name.startswith("language.")
+                else name
+            ),
+            parameter,
+        )
 
 
 def _buckets(

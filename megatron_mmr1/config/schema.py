@@ -100,6 +100,7 @@ class RolloutConfig(EngineConfig):
     """Rollouts for training: groups, and how far engine and trainer may differ."""
 
     group_size: int = 8
+    tp_size: int = 1  # consecutive processes that share one engine
     max_logprob_diff: float = (
         0.01  # mean |trainer - rollout| above which the run stops; about 0.1 in bfloat16
     )
@@ -180,6 +181,7 @@ class SftConfig:
     seed: int = 0
     num_steps: int = MISSING
     global_batch_size: int = MISSING
+    max_tokens: int = 4096  # a longer demonstration is set aside and counted, not cut
     max_tokens_per_microbatch: int = MISSING
     data: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -200,3 +202,13 @@ class EvaluateConfig:
     samples_per_prompt: int = 1
     rollout: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass
+class ParityConfig:
+    """One model and layout against Hugging Face: `python tools/check_parity.py --hf DIR`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    dp_size: int = 1
+    max_tokens_per_microbatch: int = 512

@@ -10,6 +10,7 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_mmr1.config.layout import ModelSizes, check_layout, check_max_tokens, replica_size
 from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import check_folder_name
 from megatron_mmr1.config.schema import (
@@ -19,7 +20,7 @@ from megatron_mmr1.config.schema import (
     GrpoConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
+    ParityConfig,
     RewardConfig,
     RolloutConfig,
     SamplerConfig,
@@ -55,16 +56,20 @@ def validate(config: GrpoConfig, world_size: int) -> None:
         raise ValueError("resume='auto' needs the name of the run to continue; add run=NAME")
     if config.replay is not None:
         _check_replay(Path(config.replay), config.num_steps)
-    _check_run(config.seed, config.num_steps, config.micro_batch_size)
+    _check_run(config.seed, config.num_steps)
     _check_model(config.model)
-    _check_parallel(config.parallel)
     _check_sampler(config.sampler)
     _check_training_rollout(config.rollout)
     _check_reward(config.reward)
     _check_algorithm(config.algorithm)
     steps_per_batch = config.algorithm.optimizer_steps_per_batch
     _check_optimizer(config.optimizer, config.num_steps * steps_per_batch)
-    _check_batch(config, _dp_size(config.parallel, world_size))
+    _multiple(
+        "prompts_per_step",
+        config.prompts_per_step,
+        steps_per_batch,
+        f"algorithm.optimizer_steps_per_batch={steps_per_batch}",
+    )
     _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
     _at_least("evaluation.every", config.evaluation.every, 0)
     _at_least("evaluation.samples_per_prompt", config.evaluation.samples_per_prompt, 1)
@@ -73,6 +78,13 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     check_data_file("data.train", config.data.train)
     check_data_file("data.heldout", config.data.heldout)
     check_model_folder(config.model.path)
+    sizes = ModelSizes.of(config.model.path)
+    check_layout(config.parallel, sizes, world_size)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    why = "data.max_prompt_tokens + rollout.max_response_tokens"
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, longest, why)
+    if config.replay is None:
+        _check_engine_ranks(config.rollout.tp_size, sizes, world_size)
     engine = () if config.replay is not None else ("vllm",)
     for module in ("megatron.core", "psutil", *engine):
         check_module(module)
@@ -90,19 +102,17 @@ def validate_sft(config: SftConfig, world_size: int) -> None:
     """
     if config.run is not None:
         check_folder_name("run", config.run)
-    _check_run(config.seed, config.num_steps, config.micro_batch_size)
+    _check_run(config.seed, config.num_steps)
+    _at_least("global_batch_size", config.global_batch_size, 1)
     _check_model(config.model)
-    _check_parallel(config.parallel)
     _check_optimizer(config.optimizer, config.num_steps)
-    dp_size = _dp_size(config.parallel, world_size)
-    _multiple(
-        "global_batch_size",
-        config.global_batch_size,
-        dp_size * config.micro_batch_size,
-        f"micro_batch_size={config.micro_batch_size} on {dp_size} data-parallel ranks",
-    )
+    _at_least("max_tokens", config.max_tokens, 1)
     check_data_file("data", config.data)
     check_model_folder(config.model.path)
+    check_layout(config.parallel, ModelSizes.of(config.model.path), world_size)
+    check_max_tokens(
+        config.parallel, config.max_tokens_per_microbatch, config.max_tokens, "max_tokens"
+    )
     for module in ("megatron.core", "psutil"):
         check_module(module)
 
@@ -134,6 +144,21 @@ def validate_evaluate(config: EvaluateConfig) -> None:
     check_data_file("data", config.data)
     check_model_folder(config.model, "model")
     check_module("vllm")
+
+
+def validate_parity(config: ParityConfig) -> None:
+    """Refuse a parity check that cannot work.
+
+    Raises:
+        ValueError: names the key, its value and a remedy.
+    """
+    _check_model(config.model)
+    _at_least("dp_size", config.dp_size, 1)
+    check_model_folder(config.model.path)
+    sizes = ModelSizes.of(config.model.path)
+    check_layout(config.parallel, sizes, replica_size(config.parallel) * config.dp_size)
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, "the shortest sequence")
+    check_module("megatron.core")
 
 
 def check_data_file(key: str, path: str) -> None:
@@ -175,20 +200,36 @@ def _check_replay(run_dir: Path, num_steps: int) -> None:
     _require(last >= num_steps, "num_steps", num_steps, f"exceeds the run to replay; use {last}")
 
 
-def _check_run(seed: int, num_steps: int, micro_batch_size: int) -> None:
+def _check_run(seed: int, num_steps: int) -> None:
     _at_least("seed", seed, 0)
     _at_least("num_steps", num_steps, 1)
-    _at_least("micro_batch_size", micro_batch_size, 1)
 
 
 def _check_model(config: ModelConfig) -> None:
     _choice("model.dtype", config.dtype, _DTYPES)
+    _choice("model.fp8", config.fp8, ("off", "hybrid", "e4m3"))
+    if config.fp8 != "off":
+        # Megatron itself would train in full precision without a word.
+        _require(
+            find_spec("transformer_engine") is not None,
+            "model.fp8",
+            config.fp8,
+            "needs the module transformer_engine, which is not installed; use off, or install "
+            "requirements-cuda.txt on a machine with a GPU",
+        )
+        _require(config.dtype == "bfloat16", "model.fp8", config.fp8, "needs model.dtype=bfloat16")
 
 
-def _check_parallel(config: ParallelConfig) -> None:
-    for key in ("tp_size", "pp_size", "cp_size"):
-        size = getattr(config, key)
-        _require(size == 1, f"parallel.{key}", size, "is not available yet; use 1")
+def _check_engine_ranks(tp_size: int, sizes: ModelSizes, world_size: int) -> None:
+    _at_least("rollout.tp_size", tp_size, 1)
+    fitting = [n for n in range(1, world_size + 1) if not (world_size % n or sizes.num_heads % n)]
+    _require(
+        tp_size in fitting,
+        "rollout.tp_size",
+        tp_size,
+        f"does not divide {world_size} processes and num_attention_heads={sizes.num_heads}; "
+        f"use {' or '.join(map(str, fitting))}",
+    )
 
 
 def _check_optimizer(config: OptimizerConfig, num_optimizer_steps: int) -> None:
@@ -272,29 +313,6 @@ def _check_algorithm(config: AlgorithmConfig) -> None:
     _at_least("algorithm.kl_coefficient", config.kl_coefficient, 0)
     _choice("algorithm.aggregation", config.aggregation, ("token_mean", "sequence_mean"))
     _at_least("algorithm.optimizer_steps_per_batch", config.optimizer_steps_per_batch, 1)
-
-
-def _check_batch(config: GrpoConfig, dp_size: int) -> None:
-    """Every data-parallel rank has as many micro-batches in every optimizer step as the others."""
-    steps = config.algorithm.optimizer_steps_per_batch
-    _multiple(
-        "prompts_per_step",
-        config.prompts_per_step,
-        dp_size * steps,
-        f"{dp_size} data-parallel ranks with algorithm.optimizer_steps_per_batch={steps}",
-    )
-    num = config.prompts_per_step * config.rollout.group_size // (dp_size * steps)
-    size = config.micro_batch_size
-    if num % size:
-        fitting = next(n for n in range(min(num, size), 0, -1) if num % n == 0)
-        raise ValueError(
-            f"micro_batch_size={size} does not divide the {num} sequences that each of {dp_size} "
-            f"data-parallel ranks takes an optimizer step; use {fitting}"
-        )
-
-
-def _dp_size(config: ParallelConfig, world_size: int) -> int:
-    return world_size // (config.tp_size * config.pp_size * config.cp_size)
 
 
 def _require(holds: bool, key: str, value: object, remedy: str) -> None:

@@ -38,6 +38,21 @@ class BadRow:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RowSize:
+    """What balancing and packing know of a row before it is loaded.
+
+    Attributes:
+        num_prompt_tokens: visual tokens included.
+        num_response_tokens: of the demonstration; 0 where there is none.
+        patches: of each image, before patches are merged into visual tokens.
+    """
+
+    num_prompt_tokens: int
+    num_response_tokens: int
+    patches: tuple[int, ...]
+
+
 class _ParquetRows:
     """The checked rows of one file, and the prompts made of them.
 
@@ -47,12 +62,13 @@ class _ParquetRows:
 
     required_columns: tuple[str, ...]
     optional_columns = ("id", "category")
+    limit: str  # what a message calls `max_tokens`
 
     def __init__(
         self,
         path: str | Path,
         processor: PromptProcessor,
-        max_prompt_tokens: int = 2048,
+        max_tokens: int = 2048,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Read the file and check every row.
@@ -60,7 +76,7 @@ class _ParquetRows:
         Args:
             path: a parquet file. Image paths in it are relative to its folder.
             processor: of the model that is trained.
-            max_prompt_tokens: longer prompts, visual tokens included, are set aside.
+            max_tokens: longer rows are set aside: prompt, visual tokens included, and response.
             cache_bytes: of prompts to keep in memory.
 
         Raises:
@@ -76,7 +92,9 @@ class _ParquetRows:
         self._rows: list[int] = []
         self.prompt_ids: list[str] = []
         self.categories: list[str] = []
-        self._check_rows(max_prompt_tokens)
+        self.sizes: list[RowSize] = []
+        self._check_rows(max_tokens)
+        self._index_of = {prompt_id: index for index, prompt_id in enumerate(self.prompt_ids)}
 
     def __len__(self) -> int:
         """How many rows are usable."""
@@ -107,14 +125,14 @@ class _ParquetRows:
                 )
         return table
 
-    def _check_rows(self, max_prompt_tokens: int) -> None:
+    def _check_rows(self, max_tokens: int) -> None:
         seen = set()
         for number in range(self._table.num_rows):
             row = self._row(number)
             try:
                 if row["id"] in seen:
                     raise ValueError("duplicate id")
-                self._check_row(row, max_prompt_tokens)
+                size = self._check_row(row, max_tokens)
             except ValueError as error:
                 self.bad_rows.append(BadRow(number, row["id"], str(error)))
                 continue
@@ -122,21 +140,24 @@ class _ParquetRows:
             self._rows.append(number)
             self.prompt_ids.append(row["id"])
             self.categories.append(row["category"])
+            self.sizes.append(size)
         if not self._rows:
             reasons = Counter(bad.reason for bad in self.bad_rows).most_common(3)
             counted = "; ".join(f"{count} x {reason}" for reason, count in reasons)
             raise ValueError(f"{self.path} has no usable row ({counted or 'it is empty'})")
 
-    def _check_row(self, row: dict[str, Any], max_prompt_tokens: int) -> None:
+    def _check_row(self, row: dict[str, Any], max_tokens: int) -> RowSize:
         question, _, response = self._parse(row)
         pictures = [decode_image(data) for data in self._image_files(row)]
-        num_tokens = self._processor.count_tokens(question, pictures)
-        if num_tokens > max_prompt_tokens:
-            raise ValueError(
-                f"prompt of {num_tokens} tokens exceeds max_prompt_tokens={max_prompt_tokens}"
-            )
-        if response:
-            self._processor.response_token_ids(response)
+        size = RowSize(
+            self._processor.count_tokens(question, pictures),
+            len(self._processor.response_token_ids(response)) if response else 0,
+            tuple(self._processor.count_patches(picture) for picture in pictures),
+        )
+        num_tokens = size.num_prompt_tokens + size.num_response_tokens
+        if num_tokens > max_tokens:
+            raise ValueError(f"{num_tokens} tokens exceed {self.limit}={max_tokens}")
+        return size
 
     def _row(self, number: int) -> dict[str, Any]:
         """One row as a dict; a file without ids names its rows by number."""
@@ -165,6 +186,14 @@ class _ParquetRows:
             raise ValueError(f"image file {name!r} does not exist")
         return path.read_bytes()
 
+    def index_of(self, prompt_id: str) -> int:
+        """The index of a usable row."""
+        return self._index_of[prompt_id]
+
+    def image_files(self, index: int) -> tuple[bytes, ...]:
+        """The encoded images of a usable row, without processing them."""
+        return tuple(self._image_files(self._row(self._rows[index])))
+
     def _prompt(self, index: int) -> tuple[Prompt, str]:
         """The prompt of a usable row, from the cache or made, and the response of its row."""
         if index in self._cache:
@@ -189,11 +218,12 @@ class PromptDataset(_ParquetRows, Dataset[Prompt]):
     `id` and `category`.
 
     Attributes:
-        prompt_ids, categories: of the usable rows, in the order of the indices.
+        prompt_ids, categories, sizes: of the usable rows, in the order of the indices.
         bad_rows: what was set aside, and why.
     """
 
     required_columns = ("problem", "answer", "images")
+    limit = "max_prompt_tokens"
 
     def __getitem__(self, index: int) -> Prompt:
         """The prompt of a usable row; processed the first time, then kept."""
@@ -213,10 +243,11 @@ class DemonstrationDataset(_ParquetRows, Dataset[Demonstration]):
     columns: `id` and `category`. The prompts' gold answers are "".
 
     Attributes:
-        prompt_ids, categories, bad_rows: as in `PromptDataset`.
+        prompt_ids, categories, sizes, bad_rows: as in `PromptDataset`.
     """
 
     required_columns = ("conversations", "images")
+    limit = "max_tokens"
 
     def __getitem__(self, index: int) -> Demonstration:
         """The demonstration of a usable row."""

@@ -140,13 +140,14 @@ class PromptProcessor:
         num_placeholders = token_ids.count(self.image_token_id)
         if num_placeholders != len(pictures):
             raise ValueError(f"{num_placeholders} image placeholders for {len(pictures)} images")
-        image_processor = self._processor.image_processor
         merged = self.spatial_merge_size**2
-        num_visual_tokens = sum(
-            image_processor.get_number_of_image_patches(picture.height, picture.width) // merged
-            for picture in pictures
-        )
+        num_visual_tokens = sum(self.count_patches(picture) // merged for picture in pictures)
         return len(token_ids) - num_placeholders + num_visual_tokens
+
+    def count_patches(self, picture: Image.Image) -> int:
+        """The patches that an image will be cut into, without processing pixels."""
+        image_processor = self._processor.image_processor
+        return image_processor.get_number_of_image_patches(picture.height, picture.width)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text as it stands, nothing added.

@@ -13,7 +13,7 @@ from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelCo
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.parity.outcome import Outcome
 from megatron_mmr1.parity.reference import ALGORITHM, TEMPERATURE
-from megatron_mmr1.types import StepBatch
+from megatron_mmr1.types import PackedBatch, StepBatch
 
 
 def build_policy(model: ModelConfig, layout: ParallelConfig) -> MegatronPolicy:
@@ -29,15 +29,11 @@ def build_step(
     processor: PromptProcessor,
     aggregation: str = "token_mean",
 ) -> StepBatch:
-    """Plan a step over all data-parallel ranks and build this rank's share."""
+    """Build this rank's share of a step of these samples."""
+    images = batching.ImageTokens.of(processor)
+    builder = batching.StepBuilder(packing, policy.cost, aggregation, images)
     sizes = [batching.SampleSize.of(sample) for sample in samples]
-    plan = batching.plan_step(sizes, packing, policy.cost, parallel.dp_size())
-    images = batching.ImageTokens(
-        processor.image_token_id, processor.spatial_merge_size, parallel.is_first_stage()
-    )
-    return batching.build_step(
-        plan, parallel.dp_rank(), sizes, samples.__getitem__, packing, aggregation, images
-    )
+    return builder.build(sizes, samples.__getitem__)[0]
 
 
 def our_outcome(
@@ -56,20 +52,14 @@ def our_outcome(
     """
     rule = losses.SoftmaxRule(TEMPERATURE, processor.banned_token_ids)
     step = change(build_step(policy, samples, packing, processor))
-    old, ref = ([_of_rows(values, b.rows.sample_R) for b in step.micro_batches]
-                for values in constants)  # fmt: skip
     found = policy.logprobs(step, rule)
+    old, ref = ([of_rows(values, batch) for batch in step.micro_batches] for values in constants)
     metrics = policy.train_step(
         batching.with_logprobs(step, old, ref), losses.grpo(ALGORITHM, rule)
     )
     gradients = {name: tensor.clone() for name, tensor in policy.named_gradients()}
-    mine = {
-        int(index): values_R[batch.rows.sample_R == index].cpu()
-        for batch, values_R in zip(step.micro_batches, found, strict=True)
-        for index in batch.rows.sample_R.unique()
-    }
     # Every rank of a replica has the replica's samples; other replicas have the others.
-    everyone = dict(parallel.gather_over_world(list(mine.items())))
+    everyone = dict(parallel.gather_over_world(list(of_samples(step, found).items())))
     return Outcome(
         [everyone[index] for index in range(len(samples))],
         torch.tensor(metrics["loss"], dtype=torch.float32),
@@ -78,7 +68,17 @@ def our_outcome(
     )
 
 
-def _of_rows(values: Sequence[Tensor], sample_R: Tensor) -> Tensor:
-    """Put per-sample log-probs where the samples' rows are (each sample's rows are consecutive)."""
-    order = sample_R.unique_consecutive().tolist()
-    return torch.cat([values[i] for i in order] or [torch.zeros(0)]).to(sample_R.device)
+def of_samples(step: StepBatch, values: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Cut values of the micro-batches' rows [R] into one tensor for each sample of the share."""
+    return {
+        int(index): values_R[batch.rows.sample_R == index].cpu()
+        for batch, values_R in zip(step.micro_batches, values, strict=True)
+        for index in batch.rows.sample_R.unique()
+    }
+
+
+def of_rows(values: Sequence[Tensor], batch: PackedBatch) -> Tensor:
+    """Put each sample's values where its rows are (a sample's rows are consecutive)."""
+    order = batch.rows.sample_R.unique_consecutive().tolist()
+    joined = torch.cat([values[index] for index in order] or [torch.zeros(0)])
+    return joined.to(batch.rows.sample_R.device)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_mmr1.config.schema import SamplerConfig
-from megatron_mmr1.sampling.base import DataParallelSlice, Sampler
+from megatron_mmr1.sampling.base import EngineShare, Sampler
 from megatron_mmr1.sampling.diversity import tds
 from megatron_mmr1.sampling.uniform import UniformSampler
 from megatron_mmr1.sampling.vas import VasSampler
 
-__all__ = ["SAMPLERS", "DataParallelSlice", "Sampler", "build_sampler", "tds"]
+__all__ = ["SAMPLERS", "EngineShare", "Sampler", "build_sampler", "tds"]
 
 SAMPLERS = {"vas": VasSampler, "uniform": UniformSampler}
 

@@ -1,4 +1,4 @@
-"""The contract of a sampler, and the share of each draw that one data-parallel rank loads.
+"""The contract of a sampler, and the share of each draw that one rollout engine generates for.
 
 Owns no policy: uniform.py and vas.py do.
 """
@@ -70,14 +70,13 @@ class Sampler(ABC):
             yield self.next_batch()
 
 
-class DataParallelSlice:
-    """This rank's share of each draw: every `size`-th prompt, from `rank` on.
+class EngineShare:
+    """One rollout engine's share of each draw: every `size`-th prompt, from `rank` on.
 
-    Strided, so that the first k-th of every rank's share is the first k-th of the draw: a batch
-    that several optimizer steps consume is cut into the same steps on any number of ranks.
+    Strided, so that all engines' results, dealt round in turn, are in the order of the draw.
 
-    Parallelism: `rank` and `size` are of the data-parallel axis. Shares differ by at most one
-    prompt when `size` does not divide the batch.
+    Parallelism: `rank` and `size` are of the engines, whatever ranks train. Shares differ by at
+    most one prompt when `size` does not divide the batch.
     """
 
     def __init__(self, sampler: Sampler, rank: int, size: int):

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from megatron_mmr1.backend import batching, losses, parallel
 from megatron_mmr1.config.schema import GrpoConfig
-from megatron_mmr1.convert.hf_files import write_hf_folder
 from megatron_mmr1.evaluation import accuracy
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
 from megatron_mmr1.rollout.engine import Sampling
 from megatron_mmr1.sampling.statistics import prompt_stats
-from megatron_mmr1.trainers.reporting import Recorder
+from megatron_mmr1.trainers.exchange import all_groups
+from megatron_mmr1.trainers.reporting import Recorder, export_model
 from megatron_mmr1.trainers.setup import Parts, build_parts
-from megatron_mmr1.types import MicroBatch, ScoredGroup
+from megatron_mmr1.types import ScoredGroup, StepBatch
 
 
 def train(config: GrpoConfig, run_dir: Path) -> None:
@@ -43,7 +43,7 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
                 is_last, is_best = step == config.num_steps, False
                 with parts.timers.phase("step"):
                     groups, metrics = _step(step, config, parts)
-                    records.write_groups(step, groups)
+                    records.write_groups(step, groups, parts.train_set)
                     records.write_prompt_stats(parts.sampler.update_table())
                     if config.replay is None and _is_due(step, config.evaluation.every, is_last):
                         metrics |= _evaluate(config, parts)
@@ -59,9 +59,7 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
                         state = {"best": best, "sampler": parts.sampler.state_dict()}
                         parts.checkpoints.save(step, parts.policy, state, is_best)
         records.close()
-        if parallel.is_main():
-            write_hf_folder(run_dir / "hf", parts.policy.named_tensors(), config.model.path)
-        parallel.barrier()
+        export_model(run_dir, parts.policy, config.model.path)
 
 
 def _step(
@@ -79,17 +77,16 @@ def _step(
             parts.verifier.submit(group)
     with timers.phase("reward"):
         by_id = {scored.group.prompt.prompt_id: scored for scored in parts.verifier.results()}
-        groups = [by_id[prompt.prompt_id] for prompt in prompts]
+    with timers.phase("exchange"):
+        groups = all_groups([by_id[prompt.prompt_id] for prompt in prompts], parts.place)
     with timers.phase("train"):
         metrics = _learn(groups, config, parts)
     with timers.phase("weight_sync"):
         parts.sync.push(version=step)
     with timers.phase("sampler"):
-        parts.sampler.observe(step, parallel.gather_over_dp([prompt_stats(g) for g in groups]))
-    sums = parallel.sum_over_dp(group_sums(groups))
-    return groups, metrics | group_metrics(
-        sums, timers.seconds("rollout")
-    ) | parts.sampler.metrics()
+        parts.sampler.observe(step, [prompt_stats(g) for g in groups])
+    rollout_metrics = group_metrics(group_sums(groups), timers.seconds("rollout"))
+    return groups, metrics | rollout_metrics | parts.sampler.metrics()
 
 
 def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> dict[str, float]:
@@ -98,31 +95,36 @@ def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> d
     """
     num_steps = config.algorithm.optimizer_steps_per_batch
     loss = losses.grpo(config.algorithm, parts.rule)
-    optimizer_batches = [
-        batching.micro_batches(
-            batching.samples_of_groups(part),
-            config.micro_batch_size,
-            config.algorithm.aggregation,
-            parts.images,
-        )
-        for part in batched(groups, len(groups) // num_steps)
-    ]
-    frozen = [_with_frozen_logprobs(batches, config, parts) for batches in optimizer_batches]
-    metrics = losses.mean_of_steps([parts.policy.train_step(batches, loss) for batches in frozen])
+    built = [_build(part, parts) for part in batched(groups, len(groups) // num_steps)]
+    frozen = [_with_frozen_logprobs(step, config, parts) for step, _ in built]
+    metrics = losses.mean_of_steps(
+        [
+            parts.policy.train_step(step, loss) | plan.metrics()
+            for step, (_, plan) in zip(frozen, built, strict=True)
+        ]
+    )
     _stop_if_untrustworthy(metrics, config)
     return metrics
 
 
-def _with_frozen_logprobs(
-    batches: list[MicroBatch], config: GrpoConfig, parts: Parts
-) -> list[MicroBatch]:
+def _build(groups: Sequence[ScoredGroup], parts: Parts) -> tuple[StepBatch, batching.StepPlan]:
+    """Build this rank's share of an optimizer step; pixels come from the data set."""
+    samples = batching.samples_of_groups(groups)
+
+    def sample(index: int) -> batching.Sample:
+        prompt_id = samples[index].prompt.prompt_id
+        prompt = parts.train_set[parts.train_set.index_of(prompt_id)]
+        return replace(samples[index], prompt=prompt)
+
+    return parts.builder.build([batching.SampleSize.of(s) for s in samples], sample)
+
+
+def _with_frozen_logprobs(step: StepBatch, config: GrpoConfig, parts: Parts) -> StepBatch:
     if config.algorithm.optimizer_steps_per_batch > 1:
-        old = parts.policy.logprobs(batches, parts.rule)
-        batches = [replace(b, old_logprobs_NS=x) for b, x in zip(batches, old, strict=True)]
+        step = batching.with_logprobs(step, old=parts.policy.logprobs(step, parts.rule))
     if config.algorithm.kl_coefficient > 0:
-        ref = parts.policy.reference_logprobs(batches, parts.rule)
-        batches = [replace(b, ref_logprobs_NS=x) for b, x in zip(batches, ref, strict=True)]
-    return batches
+        step = batching.with_logprobs(step, ref=parts.policy.reference_logprobs(step, parts.rule))
+    return step
 
 
 def _stop_if_untrustworthy(metrics: dict[str, float], config: GrpoConfig) -> None:
@@ -154,7 +156,8 @@ def _evaluate(config: GrpoConfig, parts: Parts) -> dict[str, float]:
             groups = accuracy.generate_and_judge(
                 parts.engine, parts.verifier, parts.heldout, sampling
             )
-            everyone = parallel.gather_over_dp(accuracy.judged(groups))
+            mine = accuracy.judged(groups) if parts.place.is_leader else []
+            everyone = parallel.gather_over_world(mine)
             metrics |= accuracy.accuracy(everyone, f"eval/accuracy_{name}")
     return metrics
 

@@ -1,6 +1,5 @@
-"""What a run writes for people and for a resume: metrics, rollouts, prompt statistics, bad rows.
-
-Rank 0 only.
+"""What a run writes for people and for a resume: metrics, rollouts, prompt statistics, bad rows,
+the model. Rank 0 writes.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_mmr1.backend import parallel
+from megatron_mmr1.backend.policy import MegatronPolicy
+from megatron_mmr1.convert.hf_files import write_hf_folder
 from megatron_mmr1.data.dataset import DemonstrationDataset, PromptDataset
 from megatron_mmr1.observability.metrics import MetricsWriter, truncate_after
 from megatron_mmr1.observability.prompt_stats import append_prompt_stats
 from megatron_mmr1.observability.rollouts import write_rollouts
-from megatron_mmr1.types import ScoredGroup
+from megatron_mmr1.types import Prompt, ScoredGroup
 
 
 class Recorder:
@@ -36,15 +37,17 @@ class Recorder:
         if self._writer:
             self._writer.write(step, metrics)
 
-    def write_groups(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Write all ranks' rollouts of a step; every rank calls. Pixels stay where they are."""
-        without_pixels = [
-            replace(g, group=replace(g.group, prompt=replace(g.group.prompt, pixel_values=None)))
+    def write_groups(
+        self, step: int, groups: Sequence[ScoredGroup], dataset: PromptDataset
+    ) -> None:
+        """Write all engines' rollouts of a step, with the image files of their prompts."""
+        if not parallel.is_main():
+            return
+        with_images = [
+            replace(g, group=replace(g.group, prompt=_with_images(g.group.prompt, dataset)))
             for g in groups
         ]
-        everyone = parallel.gather_to_main(without_pixels)
-        if everyone is not None:
-            write_rollouts(self._run_dir, step, everyone)
+        write_rollouts(self._run_dir, step, with_images)
 
     def write_prompt_stats(self, table: dict[str, np.ndarray] | None) -> None:
         """Append the sampler's table, if its scores were renewed."""
@@ -55,6 +58,26 @@ class Recorder:
         """Close the metrics files."""
         if self._writer:
             self._writer.close()
+
+
+def export_model(run_dir: Path, policy: MegatronPolicy, template: str) -> Path:
+    """Write the policy's weights as a Hugging Face folder, `hf/`; every rank calls.
+
+    Args:
+        template: the folder whose config, tokenizer and processor files go with them.
+    """
+    folder, named_tensors = run_dir / "hf", policy.named_tensors()
+    if parallel.is_main():
+        write_hf_folder(folder, named_tensors, template)
+    else:
+        for _ in named_tensors:  # collective
+            pass
+    parallel.barrier()
+    return folder
+
+
+def _with_images(prompt: Prompt, dataset: PromptDataset) -> Prompt:
+    return replace(prompt, images=dataset.image_files(dataset.index_of(prompt.prompt_id)))
 
 
 def report_bad_rows(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_mmr1.backend import batching, losses, parallel
+from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import GrpoConfig
@@ -21,7 +21,8 @@ from megatron_mmr1.rewards import VerifierPool
 from megatron_mmr1.rollout.engine import RolloutEngine
 from megatron_mmr1.rollout.replay import ReplayEngine
 from megatron_mmr1.sampling import build_sampler
-from megatron_mmr1.sampling.base import DataParallelSlice, Sampler
+from megatron_mmr1.sampling.base import EngineShare, Sampler
+from megatron_mmr1.trainers.exchange import EnginePlace
 from megatron_mmr1.trainers.reporting import report_bad_rows
 from megatron_mmr1.types import Prompt
 from megatron_mmr1.weight_sync import WeightSync
@@ -32,8 +33,10 @@ class Parts:
     """Everything that a GRPO run is made of, on this rank.
 
     Attributes:
-        prompts: this rank's share of each draw, one list a step.
-        heldout: this rank's share of the held-out prompts.
+        place: the engine that this rank belongs to.
+        prompts: this engine's share of each draw, one list a step.
+        heldout: this engine's share of the held-out prompts.
+        builder: makes this rank's share of an optimizer step.
         rule: the softmax that engine and trainer share.
     """
 
@@ -41,11 +44,13 @@ class Parts:
     engine: RolloutEngine
     sync: WeightSync
     sampler: Sampler
+    train_set: PromptDataset
+    place: EnginePlace
     prompts: Iterator[list[Prompt]]
     heldout: list[Prompt]
     verifier: VerifierPool
     checkpoints: Checkpoints
-    images: batching.ImageTokens
+    builder: batching.StepBuilder
     rule: losses.SoftmaxRule
     timers: PhaseTimers
 
@@ -61,7 +66,7 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
         for path in (config.data.train, config.data.heldout)
     )
     report_bad_rows(run_dir, [train_set, heldout_set])
-    rank, size = parallel.dp_rank(), parallel.dp_size()
+    place = EnginePlace.of(config.rollout.tp_size if config.replay is None else 1)
     sampler = build_sampler(
         train_set.prompt_ids,
         train_set.categories,
@@ -83,11 +88,22 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
             engine=engine,
             sync=WeightSync(policy, engine),
             sampler=sampler,
-            prompts=iter(build_loader(train_set, DataParallelSlice(sampler, rank, size))),
-            heldout=[heldout_set[i] for i in range(rank, len(heldout_set), size)],
+            train_set=train_set,
+            place=place,
+            prompts=iter(
+                build_loader(train_set, EngineShare(sampler, place.index, place.num_engines))
+            ),
+            heldout=[
+                heldout_set[i] for i in range(place.index, len(heldout_set), place.num_engines)
+            ],
             verifier=verifier,
             checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),
-            images=batching.ImageTokens(processor.image_token_id, processor.spatial_merge_size),
+            builder=batching.StepBuilder(
+                batching.Packing.at(config.parallel, config.max_tokens_per_microbatch),
+                policy.cost,
+                config.algorithm.aggregation,
+                batching.ImageTokens.of(processor),
+            ),
             rule=losses.SoftmaxRule(config.rollout.temperature, processor.banned_token_ids),
             timers=PhaseTimers(),
         )

@@ -8,15 +8,13 @@ from pathlib import Path
 from megatron_mmr1.backend import batching, losses, parallel
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import SamplerConfig, SftConfig
-from megatron_mmr1.convert.hf_files import write_hf_folder
 from megatron_mmr1.data.dataset import DemonstrationDataset
-from megatron_mmr1.data.loader import build_loader
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.observability.metrics import MetricsWriter
 from megatron_mmr1.observability.progress import SFT_FIELDS, Progress
 from megatron_mmr1.sampling import build_sampler
-from megatron_mmr1.sampling.base import DataParallelSlice
-from megatron_mmr1.trainers.reporting import report_bad_rows
+from megatron_mmr1.trainers.reporting import export_model, report_bad_rows
+from megatron_mmr1.types import StepBatch
 
 _WHOLE_SOFTMAX = losses.SoftmaxRule(temperature=1.0, banned_token_ids=())
 
@@ -26,7 +24,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     returns the Hugging Face folder that it wrote.
     """
     processor = PromptProcessor(config.model.path)
-    dataset = DemonstrationDataset(config.data, processor)
+    dataset = DemonstrationDataset(config.data, processor, config.max_tokens)
     report_bad_rows(run_dir, [dataset])
     policy = MegatronPolicy(config.model, config.parallel, config.optimizer, config.num_steps)
     sampler = build_sampler(
@@ -36,9 +34,12 @@ def train(config: SftConfig, run_dir: Path) -> Path:
         SamplerConfig(kind="uniform"),
         config.seed,
     )
-    share = DataParallelSlice(sampler, parallel.dp_rank(), parallel.dp_size())
-    loader = iter(build_loader(dataset, share))
-    images = batching.ImageTokens(processor.image_token_id, processor.spatial_merge_size)
+    builder = batching.StepBuilder(
+        batching.Packing.at(config.parallel, config.max_tokens_per_microbatch),
+        policy.cost,
+        "token_mean",
+        batching.ImageTokens.of(processor),
+    )
     loss = losses.supervised(_WHOLE_SOFTMAX)
     writer = MetricsWriter(run_dir) if parallel.is_main() else None
     with Progress(
@@ -46,17 +47,32 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     ) as progress:
         for step in range(1, config.num_steps + 1):
             start = time.perf_counter()
-            samples = batching.samples_of_demonstrations(next(loader))
-            batches = batching.micro_batches(samples, config.micro_batch_size, "token_mean", images)
-            metrics = policy.train_step(batches, loss)
+            batch, measured = _build(sampler.next_batch(), dataset, builder)
+            metrics = policy.train_step(batch, loss) | measured
             seconds = time.perf_counter() - start
-            num_tokens = parallel.sum_over_dp({"tokens": batching.num_tokens(samples)})["tokens"]
+            num_tokens = metrics.pop("tokens")
             metrics |= {"tokens_per_s": num_tokens / seconds, "time/step_s": seconds}
             progress.update(step, metrics)
             if writer:
                 writer.write(step, metrics)
     if writer:
         writer.close()
-        write_hf_folder(run_dir / "hf", policy.named_tensors(), config.model.path)
-    parallel.barrier()
-    return run_dir / "hf"
+    return export_model(run_dir, policy, config.model.path)
+
+
+def _build(
+    draw: list[int], dataset: DemonstrationDataset, builder: batching.StepBuilder
+) -> tuple[StepBatch, dict[str, float]]:
+    """Build a draw's step; the plan needs the rows' sizes, and a rank loads its own rows only."""
+    sizes = [
+        batching.SampleSize(
+            dataset.prompt_ids[index],
+            dataset.sizes[index].num_prompt_tokens,
+            dataset.sizes[index].num_response_tokens,
+            dataset.sizes[index].patches,
+            is_kept=True,
+        )
+        for index in draw
+    ]
+    batch, plan = builder.build(sizes, lambda i: batching.sample_of_demonstration(dataset[draw[i]]))
+    return batch, plan.metrics() | {"tokens": float(sum(size.num_tokens for size in sizes))}
