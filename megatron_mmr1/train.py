@@ -1,8 +1,8 @@
 """GRPO with Variance-Aware Sampling:
 `python -m megatron_mmr1.train [experiment=NAME] [key=value ...]`.
 
-Alone or under torchrun (data parallel). All that can be checked is checked before a process group
-or an engine starts. Heavy imports come after the checks.
+Alone or under torchrun, at any parallel layout (parallel.*). All that can be checked is checked
+before a process group or an engine starts. Heavy imports come after the checks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 
 from megatron_mmr1.cli import load_config, run_main
-from megatron_mmr1.config.run_dir import check_num_ranks, new_run_name, open_run_dir
+from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.config.validate import validate
 
@@ -24,7 +24,6 @@ def main() -> None:
     is_main, run_dir = os.environ.get("RANK", "0") == "0", None
     if is_main:
         run_dir = open_run_dir(config, config.run or new_run_name())
-        check_num_ranks(run_dir, world_size)
         print(f"run folder: {run_dir}; loading Megatron-Core and vLLM takes a moment", flush=True)
 
     from megatron_mmr1 import device

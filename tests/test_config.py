@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,16 @@ from omegaconf import OmegaConf
 
 from megatron_mmr1 import cli
 from megatron_mmr1.config.model_folder import check_model_folder
-from megatron_mmr1.config.run_dir import check_num_ranks, new_run_name, open_run_dir
-from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, SftConfig
+from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
+from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, ParallelConfig, SftConfig
 from megatron_mmr1.config.validate import check_module, validate, validate_evaluate, validate_sft
+
+TEXT_CONFIG = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "intermediate_size": 256,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +33,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Empty files of the right names: a model folder and a data set. Read only: it is shared."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "model").mkdir()
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "model.safetensors"):
+    for name in ("tokenizer.json", "preprocessor_config.json", "model.safetensors"):
         (folder / "model" / name).touch()
+    (folder / "model" / "config.json").write_text(json.dumps({"text_config": TEXT_CONFIG}))
     (folder / "data.parquet").touch()
     return folder
 
@@ -150,12 +159,32 @@ def test_a_fault_in_an_experiment_file_names_the_file(
 # One override of the valid digits experiment, the message's start, and its remedy.
 GRPO_FAULTS = [
     ("rollout.group_size=1", "rollout.group_size=1 ", "use 2 or more"),
-    ("prompts_per_step=0", "prompts_per_step=0 ", "use a multiple of"),
-    ("micro_batch_size=0", "micro_batch_size=0 ", "use 1 or more"),
-    ("micro_batch_size=100", "micro_batch_size=100 ", "use 64"),
-    ("parallel.tp_size=2", "parallel.tp_size=2 ", "use 1"),
-    ("parallel.pp_size=2", "parallel.pp_size=2 ", "use 1"),
-    ("parallel.cp_size=2", "parallel.cp_size=2 ", "use 1"),
+    ("prompts_per_step=0", "prompts_per_step=0 ", "use a multiple of 1"),
+    ("max_tokens_per_microbatch=0", "max_tokens_per_microbatch=0 ", "use a multiple of 1, as 96"),
+    ("max_tokens_per_microbatch=95", "max_tokens_per_microbatch=95 ", "use 96 or more"),
+    ("parallel.tp_size=0", "parallel.tp_size=0 ", "use 1 or more"),
+    ("parallel.tp_size=3", "parallel.tp_size=3 ", "use 1, 2, 4 or 8"),
+    ("parallel.tp_size=2", "parallel.tp_size=2 ", "1 are running; start a multiple of 2"),
+    ("parallel.sequence_parallel=true", "parallel.sequence_parallel=True ", "tp_size=2 or more"),
+    ("parallel.pp_size=3", "parallel.pp_size=3 ", "use 1, 2 or 4, or set"),
+    ("parallel.vpp_size=2", "parallel.vpp_size=2 ", "pp_size=2 or more"),
+    ("parallel={pp_size: 2, vpp_size: 3}", "parallel.pp_size=2 ", "lower parallel.vpp_size"),
+    (
+        "parallel={pp_size: 2, vpp_size: 2, batch_p2p: true}",
+        "parallel.batch_p2p=True with pp_size=2 ",
+        "use batch_p2p=false",
+    ),
+    (
+        "parallel={pp_size: 2, first_stage_layers: 4}",
+        "parallel.first_stage_layers=4 ",
+        "use 1, 2 or 3",
+    ),
+    ("parallel.ep_size=2", "parallel.ep_size=2 ", "use 1"),
+    ("parallel.recompute=some", "parallel.recompute='some' ", "none or selective or full"),
+    ("model.fp8=hybrid", "model.fp8='hybrid' needs the module transformer_engine", "use off"),
+    ("model.fp8=bogus", "model.fp8='bogus' ", "off or hybrid or e4m3"),
+    ("rollout.tp_size=2", "rollout.tp_size=2 ", "use 1"),
+    ("rollout.tp_size=0", "rollout.tp_size=0 ", "use 1 or more"),
     ("rollout.top_p=0.9", "rollout.top_p=0.9 ", "use 1.0"),
     ("rollout.top_k=5", "rollout.top_k=5 ", "use 0"),
     ("rollout.temperature=0", "rollout.temperature=0.0 ", "use a larger"),
@@ -209,19 +238,32 @@ def test_a_bad_grpo_setting_gives_key_value_and_remedy(
     assert remedy in message
 
 
-def test_batches_must_divide_over_the_data_parallel_ranks(files: Path):
-    message = message_of(validate, grpo(files), 3)
-    assert message.startswith("prompts_per_step=32 ")
-    assert "3 data-parallel ranks" in message
-    assert "use a multiple of 3" in message
-    message = message_of(validate, grpo(files), 4)  # 32 * 8 / 4 = 64 sequences a rank
-    assert message.startswith("micro_batch_size=128 does not divide the 64 sequences")
-    assert message.endswith("use 64")
-    validate(grpo(files, "micro_batch_size=64"), 4)
-    message = message_of(validate_sft, sft(files), 2)
-    assert message.startswith("global_batch_size=48 ")
-    assert message.endswith("use a multiple of 96")
-    validate_sft(sft(files, "micro_batch_size=12"), 2)
+def test_a_layout_must_fit_the_processes_and_the_lengths(files: Path):
+    layout = ["parallel.tp_size=2", "parallel.sequence_parallel=true", "parallel.cp_size=2"]
+    message = message_of(validate, grpo(files, *layout), 6)
+    assert "= 4 processes hold one copy of the model, and 6 are running" in message
+    validate(grpo(files, *layout), 8)
+    uneven = grpo(files, *layout, "max_tokens_per_microbatch=1001")
+    assert message_of(validate, uneven, 8).startswith("max_tokens_per_microbatch=1001 does not")
+    assert message_of(validate, uneven, 8).endswith("use a multiple of 8, as 1000")
+    validate(grpo(files, "prompts_per_step=7"), 3)  # nothing has to divide over ranks
+    short = sft(files, "max_tokens=5000")
+    assert message_of(validate_sft, short, 1).endswith("(max_tokens); use 5000 or more")
+    validate(grpo(files, "rollout.tp_size=4"), 8)
+    assert message_of(validate, grpo(files, "rollout.tp_size=3"), 3).endswith("use 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "is not JSON"), ("{}", "has no num_attention_heads")],
+)
+def test_a_model_whose_sizes_cannot_be_read_is_refused(
+    files: Path, tmp_path: Path, text: str, reason: str
+):
+    shutil.copytree(files / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(text)
+    config = grpo(files, f"model.path={tmp_path / 'model'}")
+    assert reason in message_of(validate, config, 1)
 
 
 @pytest.mark.parametrize(
@@ -288,20 +330,14 @@ def test_a_run_folder_records_the_config_and_is_taken_once(files: Path, tmp_path
     assert "resume" not in message_of(open_run_dir, cold, "first")
 
 
-def test_resuming_needs_as_many_processes_as_the_checkpoint_was_saved_by(tmp_path: Path):
-    check_num_ranks(tmp_path, 2)  # nothing saved yet
-    (tmp_path / "checkpoints" / "step_2").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step_2" / "rng_0.pt").touch()
-    check_num_ranks(tmp_path, 1)
-    assert "saved by 1 processes, this is 2; start 1" in message_of(check_num_ranks, tmp_path, 2)
-
-
 def test_resuming_needs_the_saved_config(files: Path, tmp_path: Path):
     # An output folder spelled differently, and resume itself, are no difference.
     first = grpo(files, f"output_dir={tmp_path}", "optimizer.lr=1e-5")
     run_dir = open_run_dir(first, "20260131")  # made from the time: config.run was None
     again = replace(first, output_dir=f"{tmp_path}/.", resume="auto", run="20260131")
     assert open_run_dir(again, "20260131") == run_dir
+    laid_anew = replace(again, parallel=ParallelConfig(tp_size=2), max_tokens_per_microbatch=128)
+    assert open_run_dir(laid_anew, "20260131") == run_dir
     other = replace(again, seed=7, sampler=replace(again.sampler, kind="uniform"))
     message = message_of(open_run_dir, other, "20260131")
     assert "differs: sampler.kind=uniform here, vas there; seed=7 here, 0 there;" in message

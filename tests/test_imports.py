@@ -27,6 +27,7 @@ ARROWS = {
     "evaluation": BASE | {"data", "rollout", "rewards"},
     "observability": BASE,
     "planning": BASE,
+    "parity": BASE | {"algorithms", "backend", "convert", "data", "device"},
     "trainers": EVERYTHING,
     "cli": {"config"},
     "train": EVERYTHING,

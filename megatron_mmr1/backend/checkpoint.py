@@ -1,10 +1,11 @@
 """Checkpoints: `checkpoints/step_N/`, written beside, renamed when complete, never half there.
 
     step_N/megatron/       weights, optimizer, schedule: Megatron's dist_checkpointing (global
-                           tensors, any layout)
+                           tensors: saved at one parallel layout, loaded at any other)
     step_N/trainer.pt      what the trainer adds (sampler, best accuracy, versions): plain values
                            and tensors
-    step_N/rng_RANK.pt     the rank's torch generator state
+    step_N/rng_RANK.pt     the rank's torch generator state; another number of ranks goes on from
+                           rank 0's
     step_N/config.yaml     the resolved configuration, copied from the run folder
 
 Security: every file is read with weights_only; Megatron's `.metadata`, which is a pickle, only
@@ -30,6 +31,9 @@ from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.policy import MegatronPolicy
 
 _BEST = "best.txt"
+# Whole optimizer states, gathered over data-parallel ranks: the only sharding of Megatron-Core
+# 0.19.2 that loads at another tensor- or pipeline-parallel layout.
+_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Checkpoints:
@@ -59,10 +63,10 @@ class Checkpoints:
             (partial / "megatron").mkdir(parents=True)
         parallel.barrier()
         with device.seam():
-            weights = policy.module.sharded_state_dict()
+            weights = _weights(policy)
             state = {
-                "model": weights,
-                "optimizer": policy.optimizer.sharded_state_dict(weights),
+                **weights,
+                "optimizer": policy.optimizer.sharded_state_dict(weights, metadata=_RESHARDABLE),
                 "schedule": policy.schedule.state_dict(),
             }
             dist_checkpointing.save(state, str(partial / "megatron"))
@@ -90,16 +94,21 @@ class Checkpoints:
         folder = self._root / f"step_{step}"
         check_metadata(folder / "megatron" / ".metadata")
         with device.seam(), _weights_only():
-            weights = policy.module.sharded_state_dict()
+            weights = _weights(policy)
             wanted = {
-                "model": weights,
-                "optimizer": policy.optimizer.sharded_state_dict(weights, is_loading=True),
+                **weights,
+                "optimizer": policy.optimizer.sharded_state_dict(
+                    weights, is_loading=True, metadata=_RESHARDABLE
+                ),
             }
             state: Any = dist_checkpointing.load(wanted, str(folder / "megatron"))
-            policy.module.load_state_dict(state["model"])
+            for name, chunk in zip(weights, policy.chunks, strict=True):
+                chunk.load_state_dict(state[name])
             policy.optimizer.load_state_dict(state["optimizer"])
             policy.schedule.load_state_dict(state["schedule"])
-        _restore_rng_state(torch.load(folder / f"rng_{dist.get_rank()}.pt", weights_only=True))
+        same_ranks = len(list(folder.glob("rng_*.pt"))) == dist.get_world_size()
+        rng_file = folder / f"rng_{dist.get_rank() if same_ranks else 0}.pt"
+        _restore_rng_state(torch.load(rng_file, weights_only=True))
         return torch.load(folder / "trainer.pt", weights_only=True)
 
     def _steps(self) -> list[int]:
@@ -113,6 +122,11 @@ class Checkpoints:
         for step in self._steps():
             if f"step_{step}" not in kept:
                 shutil.rmtree(self._root / f"step_{step}")
+
+
+def _weights(policy: MegatronPolicy) -> dict[str, Any]:
+    """One entry a model chunk; a tensor's key inside is the same at every layout."""
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
 
 
 def check_metadata(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Megatron's AdamW and learning-rate schedule, built from our OptimizerConfig."""
+"""Megatron's distributed AdamW and learning-rate schedule, built from our OptimizerConfig."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def build_optimizer(
         ),
         model,
     )
+    _make_adam_state(optimizer)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -52,3 +53,23 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, schedule
+
+
+def _make_adam_state(optimizer: Any) -> None:
+    """Give torch's AdamW the state that its first step would make.
+
+    The distributed optimizer takes its step count from the parameters' states: without any it could
+    be neither saved nor loaded before the first step. Transformer Engine's FusedAdam keeps the
+    count elsewhere.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if not isinstance(inner, torch.optim.AdamW):
+            continue
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

@@ -52,6 +52,8 @@ def lay_groups(config: ParallelConfig, seed: int) -> None:
         )
         patches.rng_tracker_uses_cpu_generator()
         patches.sync_save_starts_no_process()
+        patches.adam_steps_are_separate()
+        patches.saved_states_skip_bucket_padding()
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

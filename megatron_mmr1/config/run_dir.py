@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from omegaconf import OmegaConf
 from megatron_mmr1.config.schema import GrpoConfig, SftConfig
 
 CONFIG_FILE = "config.yaml"
-# Where a run lies and how it was started change nothing that it computes.
-_MAY_DIFFER = ("resume", "output_dir")
+# Where a run lies, how it was started and over which processes it is laid change nothing that it
+# computes (but for float32 rounding).
+_MAY_DIFFER = re.compile(
+    r"resume|output_dir|parallel\..*|max_tokens_per_microbatch|rollout\.tp_size"
+)
 
 
 def new_run_name() -> str:
@@ -48,7 +52,7 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
 
     Raises:
         ValueError: a name is no plain folder name; the folder is in use and `resume` is never; or
-            the config saved there differs in more than `resume` and `output_dir`.
+            the config saved there differs in more than `resume`, `output_dir` and the layout.
     """
     check_folder_name("experiment", config.experiment)
     check_folder_name("run", run_name)
@@ -71,23 +75,6 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
     return run_dir
 
 
-def check_num_ranks(run_dir: Path, world_size: int) -> None:
-    """Refuse to resume on another number of processes than the newest checkpoint was saved by.
-
-    Raises:
-        ValueError: the numbers differ (each process has its own generator state there).
-    """
-    steps = [int(f.name.removeprefix("step_")) for f in run_dir.glob("checkpoints/step_*")]
-    if steps:
-        newest = run_dir / "checkpoints" / f"step_{max(steps)}"
-        saved = len(list(newest.glob("rng_*.pt")))
-        if saved != world_size:
-            raise ValueError(
-                f"resume='auto': {newest} was saved by {saved} processes, this is {world_size}; "
-                f"start {saved}, or another run="
-            )
-
-
 def _check_same_config(run_dir: Path, text: str) -> None:
     """Refuse to resume with another config than the one saved."""
     path = run_dir / CONFIG_FILE
@@ -98,7 +85,7 @@ def _check_same_config(run_dir: Path, text: str) -> None:
     differing = [
         f"{key}={ours.get(key, '(absent)')} here, {saved.get(key, '(absent)')} there"
         for key in sorted(saved.keys() | ours.keys())
-        if key not in _MAY_DIFFER and saved.get(key, _ABSENT) != ours.get(key, _ABSENT)
+        if not _MAY_DIFFER.fullmatch(key) and saved.get(key, _ABSENT) != ours.get(key, _ABSENT)
     ]
     if differing:
         raise ValueError(

@@ -10,15 +10,9 @@ from PIL import Image
 
 from megatron_mmr1.backend.batching import Sample
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.parity.layouts import BATCH_KINDS
 
 _TEXT = "Read the digits."
-# For each kind of batch, the (width, height) of the images of each prompt.
-BATCH_KINDS: dict[str, list[list[tuple[int, int]]]] = {
-    "text": [[], [], []],
-    "one image": [[(56, 56)], [(140, 28)], [(28, 84)]],
-    "several images": [[(84, 56), (28, 112)], [(56, 56), (56, 28), (28, 28)], [(112, 28)]],
-    "mixed": [[(56, 56)], [], [(84, 56), (28, 112)], [], [(140, 28)]],
-}
 GROUP_SIZE = 3
 MAX_RESPONSE_TOKENS = 12
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megatron_mmr1.backend.batching import Sample
 from megatron_mmr1.config.schema import AlgorithmConfig
+from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.parity.cases import make_samples
 from megatron_mmr1.parity.outcome import Outcome
 
 TEMPERATURE = 0.7
@@ -101,3 +103,26 @@ def file_name_of(hf_parameter: str) -> str:
     return hf_parameter.replace("model.language_model.", "model.").replace(
         "model.visual.", "visual."
     )
+
+
+def file_for(references: Path, folder: str | Path, kind: str, what: str) -> Path:
+    """Where the outcome of one model and one kind of batch is kept."""
+    name = f"{Path(folder).name}-{kind}-{what}".replace(" ", "_")
+    return references / f"{name}.safetensors"
+
+
+def write_references(
+    references: Path, folder: str | Path, kinds: Sequence[str], dtypes: Sequence[str]
+) -> None:
+    """Compute what Hugging Face says of a model, in float32 and in the other dtypes asked for."""
+    processor = PromptProcessor(folder)
+    for dtype in ("float32", *(d for d in dtypes if d != "float32")):
+        model = load_hf(folder, getattr(torch, dtype))
+        for kind in kinds:
+            samples = make_samples(kind, processor)
+            constants = None
+            if dtype != "float32":
+                exact = Outcome.load(file_for(references, folder, kind, "float32"))
+                constants = exact.old, exact.ref
+            outcome = hf_outcome(model, samples, processor.banned_token_ids, constants)
+            outcome.save(file_for(references, folder, kind, dtype))

@@ -43,12 +43,14 @@ _MAX_BATCHED_TOKENS = 8192  # a scheduling step's prompt tokens, unless one prom
 
 
 class VllmEngine:
-    """An in-process vLLM engine on this rank.
+    """An in-process vLLM engine: on this rank alone, or one of several ranks.
 
     Args:
         model: a Hugging Face folder.
         banned_token_ids: never sampled (vision tokens: the trainer would take them for images).
         max_prompt_tokens: the longest prompt that will come.
+        tp_size: so many consecutive ranks of torchrun form one engine, whatever layout the policy
+            has. All of them must make the same calls and get the same results.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class VllmEngine:
         config: EngineConfig,
         banned_token_ids: Sequence[int],
         max_prompt_tokens: int,
+        tp_size: int = 1,
     ) -> None:
         hf_config = AutoConfig.from_pretrained(
             model, local_files_only=True, trust_remote_code=False
@@ -66,10 +69,15 @@ class VllmEngine:
         self._mm_fields = _create_qwen2vl_field_factory(hf_config.vision_config.spatial_merge_size)
         max_model_len = max_prompt_tokens + config.max_response_tokens
         on_gpu = torch.cuda.is_available()
+        if tp_size > 1 and not on_gpu:
+            _name_shared_memory_by_job()
         with _process_left_as_found():
             self._llm = LLM(
                 model,
                 dtype=cast(ModelDType, dtype),  # validate has checked it
+                tensor_parallel_size=tp_size,
+                # The ranks exist already: vLLM lays its groups over them.
+                distributed_executor_backend="external_launcher" if tp_size > 1 else None,
                 enforce_eager=not on_gpu,
                 # A seeded request whose prompt is cut in two crashes vLLM 0.32 on a CPU: it rewinds
                 # the generator, and CPU generators have no offset.
@@ -144,6 +152,25 @@ class VllmEngine:
         pixel_hash.update(prompt.image_grid_thw.numpy().tobytes())
         hashes = [f"{pixel_hash.hexdigest()}-{index}" for index in range(len(places))]
         return mm_input(token_ids, items, {"image": hashes}, {"image": places})
+
+
+def _name_shared_memory_by_job() -> None:
+    """Keep the engines of two jobs on one machine apart (vLLM 0.32 on a CPU).
+
+    Its ranks meet in shared memory, which is named after the launcher's address; with an external
+    launcher that is the same for every job.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    module = cpu_communicator._CPUSHMDistributed
+    make_group_name = module.make_group_name
+    if make_group_name.__name__ == "_named_by_port":
+        return
+
+    def _named_by_port(communicator: cpu_communicator.CpuCommunicator) -> str:
+        return f"{os.environ['MASTER_PORT']}-{make_group_name(communicator)}"
+
+    module.make_group_name = staticmethod(_named_by_port)
 
 
 def _sampling_params(sampling: Sampling, prompt: Prompt) -> SamplingParams:

@@ -120,4 +120,5 @@ def _build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngi
         config.rollout,
         processor.banned_token_ids,
         config.data.max_prompt_tokens,
+        config.rollout.tp_size,
     )

@@ -1,0 +1,93 @@
+"""All layouts that take as many processes as there are, one after another in the same processes:
+importing Megatron-Core costs more than comparing. Rank 0 writes a line of JSON for each comparison.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from megatron_mmr1.backend import parallel
+from megatron_mmr1.backend.batching import Packing
+from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
+from megatron_mmr1.convert import AttentionShape
+from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.parity import controls, ours
+from megatron_mmr1.parity.cases import make_samples
+from megatron_mmr1.parity.outcome import Outcome, difference, mean_logprob_error
+from megatron_mmr1.parity.reference import file_for, write_references
+
+
+def run(job: dict[str, Any]) -> None:
+    """Compare every cell of the job.
+
+    Args:
+        job: `references` (the folder of Hugging Face's outcomes), `write_references` (models, and
+            what to compute of them first), `results` (the file to write), and `cells`. A cell has
+            `folder`, `parallel`, `max_tokens`, `kinds`, `dtype`, `freeze_vision`, `control` (or
+            "") and `keep`: whether ours is the outcome of one process that others are held against.
+    """
+    references, results = Path(job["references"]), Path(job["results"])
+    parallel.initialize(ParallelConfig(), seed=0)
+    for asked in job["write_references"]:
+        write_references(references, asked["folder"], asked["kinds"], asked["dtypes"])
+    with results.open("w", encoding="utf-8") as file:
+        for number, cell in enumerate(job["cells"]):
+            for line in _compare(cell, references):
+                if parallel.is_main():
+                    file.write(json.dumps(line | {"cell": number}) + "\n")
+                    file.flush()
+    parallel.finalize()
+
+
+def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
+    layout = ParallelConfig(**cell["parallel"])
+    parallel.lift_groups()
+    parallel.lay_groups(layout, seed=0)
+    folder, control = cell["folder"], cell["control"]
+    processor = PromptProcessor(folder)
+    model = ModelConfig(folder, cell["dtype"], freeze_vision=cell["freeze_vision"])
+    policy = ours.build_policy(model, layout)
+    text: Any = AutoConfig.from_pretrained(folder, local_files_only=True).text_config
+    controls.change_weights(control, policy, AttentionShape.of(text))
+    lines = []
+    for kind in cell["kinds"]:
+        exact = Outcome.load(file_for(references, folder, kind, "float32"))
+        with controls.change_code(control):
+            found = ours.our_outcome(
+                policy,
+                make_samples(kind, processor),
+                Packing.at(layout, cell["max_tokens"]),
+                processor,
+                (exact.old, exact.ref),
+                lambda step: controls.change_step(control, step),
+            )
+        line: dict[str, Any] = {"kind": kind}
+        if cell["dtype"] == "float32":
+            expected = _trained_only(exact, found)
+            line["hugging_face"] = asdict(difference(found, expected))
+            alone = file_for(references, folder, kind, "one process")
+            if cell["keep"] and parallel.is_main():
+                found.save(alone)
+            elif not cell["keep"] and alone.exists():
+                one = _trained_only(Outcome.load(alone), found)
+                line["one_process"] = asdict(difference(found, one))
+        else:
+            theirs = Outcome.load(file_for(references, folder, kind, cell["dtype"]))
+            line["error"] = mean_logprob_error(found, exact)
+            line["hugging_face_error"] = mean_logprob_error(theirs, exact)
+        lines.append(line)
+    return lines
+
+
+def _trained_only(theirs: Outcome, found: Outcome) -> Outcome:
+    """Leave out the gradients of a frozen vision tower, and of nothing else."""
+    absent = theirs.gradients.keys() - found.gradients.keys()
+    if all(name.startswith("visual.") for name in absent):
+        kept = {name: g for name, g in theirs.gradients.items() if name not in absent}
+        return replace(theirs, gradients=kept)
+    return theirs
