@@ -1,6 +1,6 @@
 """What one implementation computed of one batch, kept as safetensors, and how two of them differ.
 
-Owns the measures of difference and their bounds.
+Owns the measures of difference; the bounds are in bounds.py.
 """
 
 from __future__ import annotations
@@ -11,15 +11,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-# Float32: the same numbers, added in another order. Largest difference of a log-prob in nats; of
-# the loss, whose terms are of order 1; of a gradient tensor, norm of the difference over norm.
-LOGPROB_BOUND = 1e-5
-LOSS_BOUND = 1e-5
-GRADIENT_BOUND = 1e-5
-# bfloat16: mean error against float32 over Hugging Face's own. Both round at every layer, in
-# different places, so that neither error bounds the other.
-BFLOAT16_BOUND = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far one outcome is from another; NaN counts as too far.
+    """How far one outcome is from another; what is not finite counts as infinitely far.
 
     Attributes:
         logprob: largest, in nats.
@@ -76,15 +67,6 @@ class Difference:
     loss: float
     gradient: float
     worst_gradient: str
-
-    @property
-    def is_within_bounds(self) -> bool:
-        """Whether all three are."""
-        return (
-            self.logprob <= LOGPROB_BOUND
-            and self.loss <= LOSS_BOUND
-            and self.gradient <= GRADIENT_BOUND
-        )
 
 
 def difference(ours: Outcome, theirs: Outcome) -> Difference:

@@ -1,0 +1,10 @@
+"""How far two implementations of the same numbers may be from one another, and why."""
+
+# Float32: the same numbers, added in another order. Largest difference of a log-prob in nats; of
+# the loss, whose terms are of order 1; of a gradient tensor, norm of the difference over norm.
+LOGPROB_BOUND = 1e-5
+LOSS_BOUND = 1e-5
+GRADIENT_BOUND = 1e-5
+# bfloat16: mean error against float32 over Hugging Face's own. Both round at every layer, in
+# different places, so that neither error bounds the other.
+BFLOAT16_BOUND = 1.5
