@@ -247,8 +247,8 @@ def test_a_layout_must_fit_the_processes_and_the_lengths(files: Path):
     assert message_of(validate, uneven, 8).startswith("max_tokens_per_microbatch=1001 does not")
     assert message_of(validate, uneven, 8).endswith("use a multiple of 8, as 1000")
     validate(grpo(files, "prompts_per_step=7"), 3)  # nothing has to divide over ranks
-    short = sft(files, "max_tokens=5000")
-    assert message_of(validate_sft, short, 1).endswith("(max_tokens); use 5000 or more")
+    uneven = sft(files, *layout, "max_tokens_per_microbatch=1001")
+    assert message_of(validate_sft, uneven, 4).endswith("use a multiple of 8, as 1000")
     validate(grpo(files, "rollout.tp_size=4"), 8)
     assert message_of(validate, grpo(files, "rollout.tp_size=3"), 3).endswith("use 1")
 

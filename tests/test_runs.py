@@ -107,7 +107,7 @@ class Runs:
             f"num_steps={NUM_STEPS}",
             "prompts_per_step=8",
             "rollout.group_size=4",
-            "micro_batch_size=4",
+            "max_tokens_per_microbatch=256",
             "optimizer.lr=1e-4",
             "evaluation.every=2",
             "evaluation.samples_per_prompt=1",
@@ -138,7 +138,7 @@ def cold_start(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -
         runs.folder / "cold",
         *("-m", "megatron_mmr1.sft", f"output_dir={runs.folder}", "run=cold"),
         *(f"model.path={tiny_model_dir}", f"data={runs.folder / 'sft.parquet'}"),
-        *("num_steps=45", "global_batch_size=16", "micro_batch_size=16"),
+        *("num_steps=45", "global_batch_size=16", "max_tokens_per_microbatch=1024"),
         *("optimizer.warmup_steps=5",),
     )
     with taken_port() as port:

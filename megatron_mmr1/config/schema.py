@@ -181,7 +181,8 @@ class SftConfig:
     seed: int = 0
     num_steps: int = MISSING
     global_batch_size: int = MISSING
-    max_tokens: int = 4096  # a longer demonstration is set aside and counted, not cut
+    # Packed tokens of a forward pass, padding included. A demonstration that has more is set aside
+    # and counted, not cut.
     max_tokens_per_microbatch: int = MISSING
     data: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)

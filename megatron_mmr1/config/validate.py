@@ -106,13 +106,10 @@ def validate_sft(config: SftConfig, world_size: int) -> None:
     _at_least("global_batch_size", config.global_batch_size, 1)
     _check_model(config.model)
     _check_optimizer(config.optimizer, config.num_steps)
-    _at_least("max_tokens", config.max_tokens, 1)
     check_data_file("data", config.data)
     check_model_folder(config.model.path)
     check_layout(config.parallel, ModelSizes.of(config.model.path), world_size)
-    check_max_tokens(
-        config.parallel, config.max_tokens_per_microbatch, config.max_tokens, "max_tokens"
-    )
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, "the shortest sequence")
     for module in ("megatron.core", "psutil"):
         check_module(module)
 

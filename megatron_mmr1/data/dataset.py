@@ -247,7 +247,7 @@ class DemonstrationDataset(_ParquetRows, Dataset[Demonstration]):
     """
 
     required_columns = ("conversations", "images")
-    limit = "max_tokens"
+    limit = "max_tokens_per_microbatch"
 
     def __getitem__(self, index: int) -> Demonstration:
         """The demonstration of a usable row."""

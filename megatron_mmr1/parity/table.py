@@ -122,7 +122,8 @@ def _exact_table(results: Sequence[Compared]) -> Table:
     return Table(
         "Float32",
         "Largest difference of a response token's log-prob in nats, and of a gradient tensor in "
-        "its norm (the worst of all tensors), against Hugging Face on the same sequences, unpacked. "
+        "its norm (the worst of all tensors), against Hugging Face on the same sequences, "
+        "unpacked. "
         f"Bounds: {LOGPROB_BOUND:g} and {GRADIENT_BOUND:g}; the loss differs by at most "
         f"{LOSS_BOUND:g}. The last column is the worst of the row against ours in one process.",
         ["layout", "processes", *kinds, "against one process"],

@@ -24,7 +24,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     returns the Hugging Face folder that it wrote.
     """
     processor = PromptProcessor(config.model.path)
-    dataset = DemonstrationDataset(config.data, processor, config.max_tokens)
+    dataset = DemonstrationDataset(config.data, processor, config.max_tokens_per_microbatch)
     report_bad_rows(run_dir, [dataset])
     policy = MegatronPolicy(config.model, config.parallel, config.optimizer, config.num_steps)
     sampler = build_sampler(
