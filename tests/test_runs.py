@@ -6,6 +6,7 @@ ones run two at a time.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -194,17 +195,30 @@ def continued(runs: Runs, whole: Path) -> Continued:
 @dataclass(frozen=True)
 class Replays:
     two_ranks: Path
+    tensor_parallel: Path
+    moved: dict[str, Path]  # the tensor-parallel run from step 2 on, at other layouts
     too_strict: Finished
     two_steps_a_batch: tuple[Path, Path]  # on one rank, and on two
 
 
 @pytest.fixture(scope="module")
 def replays(runs: Runs, whole: Path) -> Replays:
-    """The whole run's rollouts again: on two ranks, with a bound that nothing can keep, and learnt
-    from in two optimizer steps a batch with everything else that a step can have.
+    """The whole run's rollouts again: on two ranks, at other layouts, with a bound that nothing can
+    keep, and learnt from in two optimizer steps a batch with everything else that a step can have.
     """
     replay = f"replay={whole}"
     two_ranks = runs.train("two_ranks", replay, ranks=2)
+    cut = ["parallel.tp_size=2", "parallel.sequence_parallel=true", "parallel.recompute=full"]
+    runs.train("tensor", replay, *cut, ranks=2).wait().succeeded()
+    moved = {}
+    for name, layout in (("pp2", "parallel.pp_size=2"), ("cp2", "parallel.cp_size=2")):
+        shutil.copytree(runs.dir("tensor"), runs.dir(name))
+        shutil.rmtree(runs.dir(name) / "checkpoints" / "step_4")
+        again = (replay, f"run={name}", layout, "resume=auto")
+        config = runs.dir(name) / "config.yaml"
+        config.write_text(config.read_text().replace("run: tensor", f"run: {name}"))
+        runs.train(name, *again, ranks=2).wait().succeeded()
+        moved[name] = runs.dir(name)
     strict = runs.train("strict", replay, "rollout.max_logprob_diff=1e-12").wait()
     two_ranks.wait().succeeded()
     several = (
@@ -216,7 +230,7 @@ def replays(runs: Runs, whole: Path) -> Replays:
     runs.train("several_two", *several, ranks=2).wait().succeeded()
     on_one.wait().succeeded()
     both = runs.dir("several_one"), runs.dir("several_two")
-    return Replays(runs.dir("two_ranks"), strict, both)
+    return Replays(runs.dir("two_ranks"), runs.dir("tensor"), moved, strict, both)
 
 
 def test_a_run_leaves_its_records_and_its_report(whole: Path):
@@ -284,20 +298,69 @@ def test_two_ranks_compute_what_one_computes(replays: Replays, whole: Path):
     large as the learning rate: weights are compared by the norm of each tensor. The advantages of a
     group sum to zero, so the loss is close to zero: its bound is in units of its terms, of order 1.
     """
-    ours, theirs = read_metrics(replays.two_ranks), read_metrics(whole)[1:]
+    assert_same_training(replays.two_ranks, whole)
+
+
+def test_tensor_parallel_ranks_compute_what_one_computes(replays: Replays, whole: Path):
+    assert_same_training(replays.tensor_parallel, whole)
+
+
+@pytest.mark.parametrize("name", ["pp2", "cp2"])
+def test_a_run_goes_on_at_another_layout(replays: Replays, whole: Path, name: str):
+    """Saved at TP2 + SP, resumed at PP2 or CP2: the same losses, weights and draws."""
+    assert_same_training(replays.moved[name], whole)
+
+
+def assert_same_training(run_dir: Path, whole: Path) -> None:
+    ours, theirs = read_metrics(run_dir), read_metrics(whole)[1:]
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for two, one in zip(ours, theirs, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-6, abs=1e-6)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
-        assert two["entropy/mean"] == pytest.approx(one["entropy/mean"], rel=1e-6)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert two["entropy/mean"] == pytest.approx(one["entropy/mean"], rel=1e-5)
         for key in ("reward/mean", "groups/mixed_rate", "tokens/response", "lr"):
             assert two[key] == one[key], key
-    two, one = (load_file(d / "hf" / "model.safetensors") for d in (replays.two_ranks, whole))
+    two, one = (load_file(d / "hf" / "model.safetensors") for d in (run_dir, whole))
     worst = max(relative_difference(two[name], one[name]) for name in one)
-    assert worst <= 1e-5
-    stats, expected = read_prompt_stats(replays.two_ranks), read_prompt_stats(whole)
+    assert worst <= 1e-4
+    stats, expected = read_prompt_stats(run_dir), read_prompt_stats(whole)
     for column in expected:
         np.testing.assert_array_equal(stats[column], expected[column], column)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout"),
+    [
+        ("engine_of_2", 2, ["parallel.tp_size=2", "parallel.sequence_parallel=true"]),
+        ("engines_on_4", 4, ["parallel.tp_size=2", "parallel.pp_size=2"]),
+    ],
+)
+def test_an_engine_of_two_ranks_samples_what_one_process_samples(
+    runs: Runs, whole: Path, name: str, ranks: int, layout: list[str]
+):
+    """One engine of two ranks, and two of them that share the draw; weights come from the policy's
+    own layout. Another order of additions may tip a sample now and then: hence nine in ten.
+    """
+    live = runs.train(name, "num_steps=1", "rollout.tp_size=2", *layout, ranks=ranks)
+    live.wait().succeeded()
+    start, step = read_metrics(runs.dir(name))
+    expected_start, expected_step = read_metrics(whole)[:2]
+    assert start["eval/accuracy_greedy"] == pytest.approx(
+        expected_start["eval/accuracy_greedy"], abs=0.051
+    )
+    assert step["logprob_diff/max"] < 1e-3 and step["logprob_diff/mean"] < 1e-4
+    assert step["rollout/responses"] == expected_step["rollout/responses"]
+    ours, theirs = (read_rollouts(d, 1) for d in (runs.dir(name), whole))
+    assert [g["prompt_id"] for g in ours] == [g["prompt_id"] for g in theirs]
+    assert all(a["images"] == b["images"] for a, b in zip(ours, theirs, strict=True))
+    same = [
+        a["token_ids"] == b["token_ids"]
+        for one, two in zip(ours, theirs, strict=True)
+        for a, b in zip(one["rollouts"], two["rollouts"], strict=True)
+    ]
+    assert sum(same) >= 0.9 * len(same)
+    # What it exports after the step is what the engine holds, and what anybody can load.
+    assert (runs.dir(name) / "hf" / "model.safetensors").exists()
 
 
 def test_two_ranks_take_the_same_several_steps_a_batch(replays: Replays):

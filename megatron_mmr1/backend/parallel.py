@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as distributed_c10d
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_mmr1 import device
@@ -58,13 +59,19 @@ def lay_groups(config: ParallelConfig, seed: int) -> None:
 
 
 def lift_groups() -> None:
-    """Take Megatron's groups away; torch's own stays."""
+    """Take Megatron's groups away; torch's own stays.
+
+    Megatron only forgets its groups; each keeps threads until it is destroyed.
+    """
     parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def finalize() -> None:
     """Leave every group."""
-    lift_groups()
+    parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

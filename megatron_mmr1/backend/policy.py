@@ -169,6 +169,11 @@ class MegatronPolicy:
         """
         return self._weights.export()
 
+    @property
+    def num_bytes_received(self) -> int:
+        """What this rank received from others in its last complete export of weights."""
+        return self._weights.num_bytes_received
+
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the last train step's gradients, float32, as `named_tensors` yields weights.
 

@@ -22,7 +22,8 @@ class ModelSizes:
     num_kv_heads: int
     num_layers: int
     intermediate_size: int
-    num_experts: int = 0
+    num_vision_heads: int
+    num_experts: int
 
     @classmethod
     def of(cls, folder: str | Path, key: str = "model.path") -> ModelSizes:
@@ -51,6 +52,7 @@ class ModelSizes:
             text.get("num_key_value_heads") or heads,
             layers,
             intermediate,
+            (config.get("vision_config") or {}).get("num_heads") or heads,
             text.get("num_experts") or 0,
         )
 

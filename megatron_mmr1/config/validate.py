@@ -219,13 +219,17 @@ def _check_model(config: ModelConfig) -> None:
 
 def _check_engine_ranks(tp_size: int, sizes: ModelSizes, world_size: int) -> None:
     _at_least("rollout.tp_size", tp_size, 1)
-    fitting = [n for n in range(1, world_size + 1) if not (world_size % n or sizes.num_heads % n)]
+    fitting = [
+        n
+        for n in range(1, world_size + 1)
+        if not (world_size % n or sizes.num_heads % n or sizes.num_vision_heads % n)
+    ]
     _require(
         tp_size in fitting,
         "rollout.tp_size",
         tp_size,
-        f"does not divide {world_size} processes and num_attention_heads={sizes.num_heads}; "
-        f"use {' or '.join(map(str, fitting))}",
+        f"does not divide {world_size} processes, num_attention_heads={sizes.num_heads} and the "
+        f"vision tower's num_heads={sizes.num_vision_heads}; use {' or '.join(map(str, fitting))}",
     )
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -29,6 +30,7 @@ from vllm.model_executor.models.qwen2_vl import _create_qwen2vl_field_factory
 from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from megatron_mmr1.config.schema import EngineConfig
@@ -50,7 +52,8 @@ class VllmEngine:
         banned_token_ids: never sampled (vision tokens: the trainer would take them for images).
         max_prompt_tokens: the longest prompt that will come.
         tp_size: so many consecutive ranks of torchrun form one engine, whatever layout the policy
-            has. All of them must make the same calls and get the same results.
+            has. All of them must make the same calls, read `generate` to its end, and get the same
+            results.
     """
 
     def __init__(
@@ -69,15 +72,13 @@ class VllmEngine:
         self._mm_fields = _create_qwen2vl_field_factory(hf_config.vision_config.spatial_merge_size)
         max_model_len = max_prompt_tokens + config.max_response_tokens
         on_gpu = torch.cuda.is_available()
-        if tp_size > 1 and not on_gpu:
-            _name_shared_memory_by_job()
         with _process_left_as_found():
             self._llm = LLM(
                 model,
                 dtype=cast(ModelDType, dtype),  # validate has checked it
                 tensor_parallel_size=tp_size,
                 # The ranks exist already: vLLM lays its groups over them.
-                distributed_executor_backend="external_launcher" if tp_size > 1 else None,
+                distributed_executor_backend=_RankOfEngine if _num_ranks() > 1 else None,
                 enforce_eager=not on_gpu,
                 # A seeded request whose prompt is cut in two crashes vLLM 0.32 on a CPU: it rewinds
                 # the generator, and CPU generators have no offset.
@@ -154,23 +155,24 @@ class VllmEngine:
         return mm_input(token_ids, items, {"image": hashes}, {"image": places})
 
 
-def _name_shared_memory_by_job() -> None:
-    """Keep the engines of two jobs on one machine apart (vLLM 0.32 on a CPU).
+class _RankOfEngine(ExecutorWithExternalLauncher):
+    """One of torchrun's ranks, which hold an engine together or have one each.
 
-    Its ranks meet in shared memory, which is named after the launcher's address; with an external
-    launcher that is the same for every job.
+    vLLM's own class names the CPU collectives' shared memory alike in every run, so that two runs
+    on one machine collide, as does any run after one that was killed. Each rank giving another name
+    makes vLLM use gloo. The name is all that the method is used for: the process group exists.
+
+    Used with one rank an engine, too: vLLM's default would put the engines of all ranks on the
+    first GPU.
     """
-    from vllm.distributed.device_communicators import cpu_communicator
 
-    module = cpu_communicator._CPUSHMDistributed
-    make_group_name = module.make_group_name
-    if make_group_name.__name__ == "_named_by_port":
-        return
+    def _distributed_args(self) -> tuple[str, int, int]:
+        method, rank, local_rank = super()._distributed_args()
+        return f"{method}:{rank}", rank, local_rank
 
-    def _named_by_port(communicator: cpu_communicator.CpuCommunicator) -> str:
-        return f"{os.environ['MASTER_PORT']}-{make_group_name(communicator)}"
 
-    module.make_group_name = staticmethod(_named_by_port)
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _sampling_params(sampling: Sampling, prompt: Prompt) -> SamplingParams:
