@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,6 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from megatron_mmr1.backend.packing import (
     StepCost,
+    balance,
     first_fit_decreasing,
     longest_processing_time,
     pad_to,
@@ -117,6 +119,34 @@ def test_balance_of_grahams_worst_case_meets_the_bound_exactly(num_ranks):
     m = num_ranks
     costs = [c for c in range(2 * m - 1, m, -1) for _ in range(2)] + [m] * 3
     assert max(_sums(longest_processing_time(costs, m), costs)) == 4 * m - 1  # the best is 3 m
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 8, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_exchanges_place_each_item_once_and_never_cost_more(num_ranks, seed):
+    rng = np.random.default_rng(seed)
+    costs = rng.lognormal(0, 0.7, 8 * num_ranks + seed).tolist()
+    ranks = balance(costs, num_ranks)
+    assert sorted(i for rank in ranks for i in rank) == list(range(len(costs)))
+    assert all(rank == sorted(rank) for rank in ranks)
+    assert ranks == balance(costs, num_ranks)  # every rank of a job makes the same plan
+    before = max(_sums(longest_processing_time(costs, num_ranks), costs))
+    after = max(_sums(ranks, costs))
+    assert after <= before
+    if num_ranks in (8, 64):
+        mean = sum(costs) / num_ranks
+        assert after - mean < 0.5 * (before - mean)
+
+
+def test_exchanges_mend_grahams_worst_case():
+    costs = [5.0, 5.0, 4.0, 4.0, 3.0, 3.0, 3.0]
+    assert max(_sums(longest_processing_time(costs, 3), costs)) == 11
+    assert max(_sums(balance(costs, 3), costs)) <= 10
+
+
+def test_exchanges_leave_few_items_and_none_alone():
+    assert balance([1.0, 2.0], 4) == [[1], [0], [], []]
+    assert balance([], 3) == [[], [], []]
 
 
 def test_equal_costs_go_to_the_lower_rank_in_the_order_of_their_index():

@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron_mmr1.backend.packing import (
     StepCost,
+    balance,
     first_fit_decreasing,
     longest_processing_time,
 )
@@ -66,7 +67,6 @@ def main() -> None:
         "step's FLOPs (trained tower).\n"
     )
     _print_packing(work.lengths)
-    _print_passes_within_a_rank(work)
     _print_independent(work)
     for trains_vision in (True, False):
         _print_groups(_workload(seed, trains_vision), trains_vision)
@@ -135,54 +135,21 @@ def _next_fit(lengths: Sequence[int], capacity: int) -> Plan:
     return bins
 
 
-def _print_passes_within_a_rank(work: Workload) -> None:
-    """A group on one rank still lies in several micro-batches; each encodes its image anew."""
-    print("| a rank's micro-batches, whole groups, DP 64 | capacity | number, all ranks "
-          "| most on a rank | vision passes a group | step's FLOPs |")  # fmt: skip
-    print("|---|---|---|---|---|---|")
-    plan = _whole_groups(work, 64)
-    once = sum(work.costs) + sum(work.image_costs)
-    for capacity in (8192, 16384):
-        packs = {
-            "sequences, first fit decreasing": first_fit_decreasing,
-            "sequences in group order, next fit": _next_fit,
-            "pieces of groups, first fit decreasing": _pieces_first_fit_decreasing,
-        }
-        for name, pack in packs.items():
-            of_each_rank = [
-                [
-                    [indices[i] for i in one]
-                    for one in pack([work.lengths[i] for i in indices], capacity)
-                ]
-                for indices in plan
-            ]
-            all_of_them = [one for rank in of_each_rank for one in rank]
-            print(f"| {name} | {capacity} | {len(all_of_them)} | {max(map(len, of_each_rank))} "
-                  f"| {_passes(all_of_them):.2f} "
-                  f"| {sum(_loads(work, all_of_them)) / once:.3f} |")  # fmt: skip
-    print()
-
-
-def _pieces_first_fit_decreasing(lengths: Sequence[int], capacity: int) -> Plan:
-    """Cut each group into as few pieces as fit, then pack whole pieces."""
-    pieces = [
-        [group[0] + i for i in one]
-        for group in batched(range(len(lengths)), GROUP_SIZE)
-        for one in first_fit_decreasing([lengths[i] for i in group], capacity)
-    ]
-    sizes = [sum(lengths[i] for i in piece) for piece in pieces]
-    return [[i for k in one for i in pieces[k]] for one in first_fit_decreasing(sizes, capacity)]
-
-
 def _print_independent(work: Workload) -> None:
-    print("| independent sequences, no images | DP | max / mean |")
-    print("|---|---|---|")
+    print("| independent sequences, no images | DP | max / mean | ms |")
+    print("|---|---|---|---|")
     for dp_size in (8, 64, 512):
         in_order = [list(range(rank, len(work.costs), dp_size)) for rank in range(dp_size)]
-        balanced = longest_processing_time(work.costs, dp_size)
-        for name, plan in (("every DP-th", in_order), ("LPT", balanced)):
+        for name, make in (
+            ("every DP-th", lambda _costs, _size, plan=in_order: plan),
+            ("LPT", longest_processing_time),
+            ("LPT and exchanges", balance),
+        ):
+            start = time.perf_counter()
+            plan = make(work.costs, dp_size)
+            ms = 1e3 * (time.perf_counter() - start)
             loads = [sum(work.costs[i] for i in indices) for indices in plan]
-            print(f"| {name} | {dp_size} | {max(loads) / np.mean(loads):.4f} |")
+            print(f"| {name} | {dp_size} | {max(loads) / np.mean(loads):.4f} | {ms:.1f} |")
     print()
 
 
@@ -192,12 +159,12 @@ def _print_groups(work: Workload, trains_vision: bool) -> None:
           "| max, whole groups = 1 | vision passes a group |")  # fmt: skip
     print("|---|---|---|---|---|")
     for dp_size in (8, 64):
-        whole = _whole_groups(work, dp_size)
+        whole = _whole_groups(work, dp_size, balance)
         plans = {
             "every DP-th group": _members(range(r, NUM_PROMPTS, dp_size) for r in range(dp_size)),
-            "whole groups, LPT": whole,
-            "whole groups, LPT, then single moves": _with_single_moves(work, whole),
-            "sequences, LPT": longest_processing_time(work.costs, dp_size),
+            "whole groups, LPT": _whole_groups(work, dp_size, longest_processing_time),
+            "whole groups, LPT and exchanges": whole,
+            "sequences, LPT and exchanges": balance(work.costs, dp_size),
         }
         reference = max(_loads(work, whole))
         for name, plan in plans.items():
@@ -207,10 +174,12 @@ def _print_groups(work: Workload, trains_vision: bool) -> None:
     print()
 
 
-def _whole_groups(work: Workload, dp_size: int) -> Plan:
+def _whole_groups(
+    work: Workload, dp_size: int, make: Callable[[Sequence[float], int], Plan]
+) -> Plan:
     costs = [sum(one) for one in batched(work.costs, GROUP_SIZE)]
     costs = [text + image for text, image in zip(costs, work.image_costs, strict=True)]
-    return _members(longest_processing_time(costs, dp_size))
+    return _members(make(costs, dp_size))
 
 
 def _members(groups_of_each_rank: Iterable[Iterable[int]]) -> Plan:
@@ -231,28 +200,6 @@ def _loads(work: Workload, plan: Plan) -> list[float]:
 
 def _passes(plan: Plan) -> float:
     return sum(len({i // GROUP_SIZE for i in indices}) for indices in plan) / NUM_PROMPTS
-
-
-def _with_single_moves(work: Workload, plan: Plan) -> Plan:
-    """Move one sequence at a time from the costliest rank to the least loaded, while it helps.
-
-    Of the costliest rank's sequences, the one that leaves the larger of the two loads smallest.
-    """
-    plan = [list(indices) for indices in plan]
-    loads = _loads(work, plan)
-    while True:
-        giver, taker = int(np.argmax(loads)), int(np.argmin(loads))
-
-        def after(i: int, giver: int = giver, taker: int = taker) -> float:
-            left = [j for j in plan[giver] if j != i]
-            return max(_load(work, left), _load(work, [*plan[taker], i]))
-
-        best = min(plan[giver], key=after)
-        if after(best) >= loads[giver]:
-            return plan
-        plan[giver].remove(best)
-        plan[taker].append(best)
-        loads = _loads(work, plan)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from megatron_mmr1.algorithms.grpo_loss import loss_counts, token_weights
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.packing import (
     StepCost,
+    balance,
     first_fit_decreasing,
-    longest_processing_time,
     pad_to,
 )
 from megatron_mmr1.config.layout import sequence_multiple, total_multiple
@@ -178,7 +178,7 @@ def plan_step(
         groups.setdefault(size.prompt_id, []).append(index)
     members = list(groups.values())
     costs = [_group_cost([sizes[i] for i in group], cost) for group in members]
-    shares = longest_processing_time(costs, dp_size)
+    shares = balance(costs, dp_size)
     bins = []
     for share in shares:
         mine = [i for g in share for i in members[g]]

@@ -15,9 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 # A linear layer's backward is two products of the forward's size: for its input, for its weight.
 _PASSES_TRAINED = 3
 _PASSES_FROZEN = 1
+# Bounds on the exchanges of `balance`: how many, with how many of the least loaded ranks, and how
+# much of the costliest load one must save.
+_EXCHANGES_A_RANK, _TAKERS, _LEAST_GAIN = 8, 8, 1e-5
 
 
 def pad_to(length: int, multiple: int) -> int:
@@ -97,6 +102,44 @@ def longest_processing_time(costs: Sequence[float], num_ranks: int) -> list[list
         items[rank].append(index)
         heapq.heapreplace(loads, (load + costs[index], rank))
     return [sorted(indices) for indices in items]
+
+
+def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Balance work over ranks: longest processing time, then exchanges.
+
+    With few items a rank, LPT leaves the costliest one some per cent above the mean, which all
+    others wait for. It then gives an item to one of the least loaded ranks, against one of theirs
+    or none: the exchange that brings the two loads closest together, as long as that helps.
+
+    Args, returns: as `longest_processing_time`, and never a costlier costliest rank.
+    """
+    items = longest_processing_time(costs, num_ranks)
+    loads = np.array([sum(costs[i] for i in indices) for indices in items])
+    for _ in range(_EXCHANGES_A_RANK * num_ranks):
+        giver = int(loads.argmax())
+        if not items[giver]:
+            break  # there is nothing to do at all
+        best: tuple[float, int, int, int] | None = None
+        for taker in loads.argsort(kind="stable")[:_TAKERS].tolist():
+            half = (loads[giver] - loads[taker]) / 2
+            given = np.array([costs[i] for i in items[giver]])
+            taken = np.array([0.0, *(costs[i] for i in items[taker])])
+            missed = np.abs(given[:, None] - taken[None, :] - half)
+            first, second = divmod(int(missed.argmin()), len(taken))
+            after = (loads[giver] + loads[taker]) / 2 + missed[first, second]
+            if best is None or after < best[0]:
+                best = after, taker, first, second
+        if best is None or not best[0] < loads[giver] * (1 - _LEAST_GAIN):
+            break
+        _, taker, first, second = best
+        moved = items[giver].pop(first)
+        items[taker].append(moved)
+        if second:
+            items[giver].append(items[taker].pop(second - 1))
+        for rank in (giver, taker):
+            items[rank].sort()
+            loads[rank] = sum(costs[i] for i in items[rank])
+    return items
 
 
 @dataclass(frozen=True, slots=True)
