@@ -22,7 +22,7 @@ _PASSES_TRAINED = 3
 _PASSES_FROZEN = 1
 # Bounds on the exchanges of `balance`: how many, with how many of the least loaded ranks, and how
 # much of the costliest load one must save.
-_EXCHANGES_A_RANK, _TAKERS, _LEAST_GAIN = 8, 8, 1e-5
+_EXCHANGES_A_RANK, _TAKERS, _LEAST_GAIN = 8, 32, 1e-5
 
 
 def pad_to(length: int, multiple: int) -> int:
