@@ -12,10 +12,10 @@ UV_VERSION := 0.13.9
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow check learning clean
+.PHONY: help setup demo test test-slow parity parity-ci bench check learning clean
 
 help:
-	@echo "make setup | demo | test | test-slow | check | learning | clean"
+	@echo "make setup | demo | test | test-slow | parity | parity-ci | bench | check | learning | clean"
 
 setup: $(STAMP)
 
@@ -42,6 +42,18 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Every layout against Hugging Face, on CPU processes; rewrites docs/parity.md and docs/parity.html.
+parity: $(STAMP)
+	$(BIN)/python tools/check_parity.py --matrix docs
+
+# The part of it that takes a few minutes.
+parity-ci: $(STAMP)
+	$(BIN)/python tools/check_parity.py --matrix outputs/parity --ci
+
+# What can be timed on a CPU: packing and balance.
+bench: $(STAMP)
+	$(BIN)/python tools/measure_packing.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
