@@ -1,6 +1,7 @@
 """The data room: the tiny model's files, the digits task, images, positions, rows set aside."""
 
 import io
+import json
 import re
 import shutil
 import struct
@@ -405,3 +406,20 @@ def test_the_loader_draws_no_batch_ahead_and_leaves_the_global_generator_alone(
     assert [prompt.prompt_id for prompt in first] == [prompts.prompt_ids[i] for i in (3, 1)]
     assert next(loader)[1] is first[0]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("merge_size", "spatial_merge_size"), ("patch_size", "patch_size")],
+)
+def test_an_image_processor_of_another_model_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, key: str, name: str
+) -> None:
+    """Its image tokens would not match their grid: found before any engine starts."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "processor_config.json").read_text())
+    config["image_processor"][key] = 7
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{key}=7, but vision_config\.{name}="):
+        PromptProcessor(folder)

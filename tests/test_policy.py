@@ -12,6 +12,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ from megatron_mmr1 import device
 from megatron_mmr1.algorithms.advantages import group_advantages
 from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.checkpoint import Checkpoints, check_metadata
+from megatron_mmr1.backend.layer_spec import layer_spec
 from megatron_mmr1.backend.vision import CHUNK_PATCHES, StepFeatures
 from megatron_mmr1.config.schema import AlgorithmConfig, ParallelConfig
-from megatron_mmr1.convert import FAMILIES, megatron_to_hf
+from megatron_mmr1.convert import FAMILIES, AttentionShape, megatron_to_hf, required_hf_names
+from megatron_mmr1.convert.rules import gather, merge, shard, split
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.parity.reference import file_name_of, hf_logprobs, load_hf
 from megatron_mmr1.types import ScoredGroup, StepBatch, Verdict
@@ -474,6 +477,53 @@ def test_an_unknown_model_type_is_refused_by_name(tiny_model_dir: Path, tmp_path
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"'llama' model; known families: qwen2_5_vl"):
         make_policy(folder)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_tensor_parallel_parts_come_together_again(tp_size: int):
+    """Every layout; a vocabulary that doesn't divide; more parts than key/value heads."""
+    torch.manual_seed(0)
+    shape = AttentionShape(num_heads=8, num_kv_heads=2, head_dim=4)
+    whole = {
+        "replicated": torch.randn(5, 3),
+        "row": torch.randn(5, 8),
+        "vocab": torch.randn(10, 3),
+        "qkv": torch.randn((8 + 2 * 2) * 4, 3),
+        "gated": torch.randn(16, 3),
+    }
+    for kind, tensor in whole.items():
+        parts = [shard(kind, tensor, rank, tp_size) for rank in range(tp_size)]
+        assert len({part.shape for part in parts}) == 1, kind
+        assert torch.equal(gather(kind, parts, vocab_size=10), tensor), kind
+        assert torch.equal(merge(kind, split(kind, tensor, shape), shape), tensor), kind
+        if tp_size > 1 and kind != "replicated":
+            swapped = gather(kind, parts[::-1], vocab_size=10)
+            assert not torch.equal(swapped, tensor), "the control: the order of ranks matters"
+
+
+def test_names_of_both_kinds_of_layers_are_converted():
+    """Transformer Engine's layers fuse a norm with the linear layer that follows."""
+    rules, layer = FAMILIES["qwen2_5_vl"], "language.decoder.layers.3."
+    for ours, name in [
+        ("input_layernorm.weight", "input_layernorm"),
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm"),
+        ("pre_mlp_layernorm.weight", "post_attention_layernorm"),
+        ("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm"),
+    ]:
+        rule, hf_names = required_hf_names(rules, layer + ours)
+        assert (rule.kind, hf_names) == ("replicated", (f"model.layers.3.{name}.weight",))
+    with pytest.raises(ValueError, match="no conversion rule for the Megatron parameter"):
+        required_hf_names(rules, layer + "mlp.router.weight")
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="it is installed here")
+def test_a_gpu_without_transformer_engine_is_refused_by_name(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = make_policy(tiny_model_dir).chunks[0].config
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    with pytest.raises(ValueError, match=r"transformer_engine .* requirements-cuda\.txt"):
+        layer_spec(config)
 
 
 # The device seam

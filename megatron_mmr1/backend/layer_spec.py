@@ -58,6 +58,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """
     experts = config.num_moe_experts
     if device.has_gpu():
+        _transformer_engine()
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts=experts)
         layer: Any = spec.submodules
         layer.self_attention.submodules.core_attention = _packed_te_attention()

@@ -6,6 +6,8 @@ from megatron_mmr1.convert.rules import Rule
 
 _LAYER = "language.decoder.layers.*."
 _HF_LAYER = "model.layers.*."
+_INPUT_NORM = _HF_LAYER + "input_layernorm.weight"
+_MLP_NORM = _HF_LAYER + "post_attention_layernorm.weight"
 
 RULES: tuple[Rule, ...] = (
     Rule("vision.**", "replicated", ("visual.**",)),
@@ -25,12 +27,12 @@ RULES: tuple[Rule, ...] = (
         "row",
         (_HF_LAYER + "self_attn.o_proj.weight",),
     ),
-    Rule(_LAYER + "input_layernorm.weight", "replicated", (_HF_LAYER + "input_layernorm.weight",)),
-    Rule(
-        _LAYER + "pre_mlp_layernorm.weight",
-        "replicated",
-        (_HF_LAYER + "post_attention_layernorm.weight",),
-    ),
+    # Each norm by its name in Megatron's local layers, and in Transformer Engine's, which fuse it
+    # with the linear layer that follows.
+    Rule(_LAYER + "input_layernorm.weight", "replicated", (_INPUT_NORM,)),
+    Rule(_LAYER + "self_attention.linear_qkv.layer_norm_weight", "replicated", (_INPUT_NORM,)),
+    Rule(_LAYER + "pre_mlp_layernorm.weight", "replicated", (_MLP_NORM,)),
+    Rule(_LAYER + "mlp.linear_fc1.layer_norm_weight", "replicated", (_MLP_NORM,)),
     Rule(
         _LAYER + "mlp.linear_fc1.weight",
         "gated",

@@ -45,7 +45,8 @@ class PromptProcessor:
         """Load from local files; nothing is fetched and no code of the folder runs.
 
         Raises:
-            ValueError: the folder lacks a file, or its config a key.
+            ValueError: the folder lacks a file, its config a key, or the image processor cuts
+                images otherwise than the vision tower expects.
         """
         folder = Path(model_folder)
         check_processor_files(folder)
@@ -65,6 +66,7 @@ class PromptProcessor:
                 f"{folder} has no chat template; copy chat_template.json or chat_template.jinja "
                 "of the model there"
             )
+        _check_same_sizes(folder, config["vision_config"], self._processor.image_processor)
         self.tokenizer: Any = self._processor.tokenizer
         self.image_token_id: int = config["image_token_id"]
         self.spatial_merge_size: int = config["vision_config"].get("spatial_merge_size", 2)
@@ -172,3 +174,16 @@ class PromptProcessor:
         if banned:
             raise ValueError(f"the response holds the vision tokens {sorted(banned)}")
         return torch.tensor([*token_ids, self.end_of_turn_id])
+
+
+def _check_same_sizes(folder: Path, vision_config: dict[str, Any], image_processor: Any) -> None:
+    """Refuse an image processor of another model: its image tokens would not match their grid."""
+    defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    for key, default in defaults.items():
+        name = "merge_size" if key == "spatial_merge_size" else key
+        expected, found = vision_config.get(key, default), getattr(image_processor, name)
+        if found != expected:
+            raise ValueError(
+                f"{folder}: the image processor has {name}={found}, but vision_config.{key}="
+                f"{expected} in config.json; copy the processor files of the same model"
+            )
