@@ -691,5 +691,6 @@ def test_in_bfloat16_all_weights_are_and_rotary_frequencies_are_not(tiny_model_d
     """
     module = make_policy(tiny_model_dir, dtype="bfloat16").chunks[0]
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert {p.main_grad.dtype for p in module.parameters()} == {torch.float32}
     frequencies = [b for name, b in module.named_buffers() if "inv_freq" in name]
     assert frequencies and all(b.dtype == torch.float32 for b in frequencies)

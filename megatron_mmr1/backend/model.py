@@ -52,6 +52,10 @@ def transformer_config(
 
     The interleaved schedule overlaps single sends and receives: batched ones confuse the two
     directions between two stages (config/validate.py refuses them there).
+
+    Experts are whole, whatever the tensor parallelism (so `parallel.lay_groups` lays their groups).
+    Their tokens are sent to them: Megatron's default gathers all tokens everywhere, and wants the
+    same number of every rank.
     """
     text: Any = hf_config.text_config
     dtype = DTYPES[model.dtype]
@@ -93,6 +97,8 @@ def transformer_config(
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=1,
+        moe_token_dispatcher_type="alltoall",
         overlap_p2p_comm=is_interleaved and not parallel.batch_p2p,
         batch_p2p_comm=parallel.batch_p2p,
         recompute_granularity=recompute,
@@ -154,8 +160,14 @@ class Qwen25VL(MegatronModule):
         # Parameters only: the vision tower's rotary frequencies, a buffer, stay float32, as Hugging
         # Face keeps them. Torch norms come in float32; with both dtypes in one model Megatron saves
         # optimizer states under other parameters' names.
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(config.params_dtype)
+            if ".experts." in name:
+                # Added up over the ranks that hold the same experts, by an optimizer of their own.
+                # Without expert parallelism Megatron would take experts for dense parameters: their
+                # gradients, of other tokens on every tensor-parallel rank, would not be added up
+                # there, and checkpoints would not be interchangeable with those of ep_size > 1.
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous pipeline stage's activations (called by Megatron's schedules)."""

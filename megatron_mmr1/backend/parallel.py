@@ -42,7 +42,10 @@ def initialize(config: ParallelConfig, seed: int) -> None:
 
 
 def lay_groups(config: ParallelConfig, seed: int) -> None:
-    """Lay Megatron's groups over the processes; again, for another layout, after `lift_groups`."""
+    """Lay Megatron's groups over the processes; again, for another layout, after `lift_groups`.
+
+    Experts are not cut by tensor parallelism (see `model.transformer_config`).
+    """
     with device.seam():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tp_size,
@@ -50,11 +53,13 @@ def lay_groups(config: ParallelConfig, seed: int) -> None:
             virtual_pipeline_model_parallel_size=config.vpp_size if config.vpp_size > 1 else None,
             context_parallel_size=config.cp_size,
             expert_model_parallel_size=config.ep_size,
+            expert_tensor_parallel_size=1,
         )
         patches.rng_tracker_uses_cpu_generator()
         patches.sync_save_starts_no_process()
         patches.adam_steps_are_separate()
         patches.saved_states_skip_bucket_padding()
+        patches.alltoall_dispatcher_needs_no_stream()
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

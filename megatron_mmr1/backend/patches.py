@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_mmr1 import device
 
@@ -99,3 +100,25 @@ def saved_states_skip_bucket_padding() -> None:
                 buffer.param_index_map = index_map
 
     DistributedOptimizer.sharded_param_state_fully_reshardable = _build_unpadded
+
+
+def alltoall_dispatcher_needs_no_stream() -> None:
+    """Let experts' all-to-all dispatcher work without CUDA.
+
+    It makes a CUDA stream to bring the numbers of tokens that it sends and receives to the CPU,
+    where the collective wants numbers. Without a GPU there is no stream to make, and the counts,
+    on the CPU already, would stay the tensors that the collective refuses.
+    """
+    if device.has_gpu():
+        return
+
+    def splits_as_numbers(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        for name in ("input_splits", "output_splits"):
+            splits = getattr(self, name)
+            if isinstance(splits, torch.Tensor):
+                setattr(self, name, splits.tolist())
+        return tokens_per_expert
+
+    no_stream: Any = object()  # anything but None: then none is made
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = no_stream
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = splits_as_numbers

@@ -96,7 +96,9 @@ class MegatronPolicy:
             self._trains_vision = not model.freeze_vision
             if self._tower is not None:
                 self._tower.requires_grad_(self._trains_vision)
-            ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=True
+            )
             self.model: list[Any] = [
                 DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks
             ]

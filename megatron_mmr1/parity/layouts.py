@@ -117,6 +117,10 @@ CONTROLS: tuple[Control, ...] = (
     Control("text-only positions", Layout("one process", _p(), kinds=_MIXED)),
     Control("wrong QKV order", Layout("one process", _p(), kinds=_MIXED)),
     Control("unsliced rotary under CP", Layout("CP2", _p(cp_size=2), kinds=_MIXED)),
+    Control(
+        "batched p2p between two stages",
+        Layout("PP2 x VPP2", _p(**_VPP, batch_p2p=True), kinds=_MIXED),
+    ),
     Control("a dropped vision bucket", Layout("DP2", _p(), dp_size=2, kinds=_MIXED)),
     Control("a per-rank loss denominator", Layout("DP2", _p(), dp_size=2, kinds=_MIXED)),
 )
