@@ -1,9 +1,7 @@
 """A decoder with experts on our layers, attention and policy: what test_experts.py checks on four
 processes, `torchrun ... expert_cases.py FOLDER [CASE ...]`, and what it computes in one.
 
-Every function named `case_*` runs on all ranks; the folder gets one file a case: empty when it
-held, else the traceback of the first rank on which it didn't. `figures.json` keeps what was
-measured.
+How cases run and report: launched.py. `figures.json` keeps what was measured.
 
 No model family has experts yet, so that no conversion table knows them: the weights are drawn from
 the parameters' names in the whole model, and gradients are gathered here. Everything else is the
@@ -12,12 +10,9 @@ policy's.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import sys
-import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,15 +25,16 @@ from megatron_mmr1 import device
 device.prepare_process()
 
 import torch
-import torch.distributed as dist
 from helpers import NO_CLIPPING, relative_difference
+from launched import run_cases
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mmr1.backend import batching, losses, parallel, policy, weights
+from megatron_mmr1.backend import losses, parallel, policy, weights
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.model import transformer_config
+from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.convert import required_hf_names
 from megatron_mmr1.convert.qwen2_5_vl import RULES
@@ -182,9 +178,9 @@ def one_process(folder: Path) -> Outcome:
     return ours.our_outcome(trained, samples, packing(layout), processor, (old, ref))
 
 
-def packing(layout: ParallelConfig, dispatcher: str = "alltoall") -> batching.Packing:
+def packing(layout: ParallelConfig, dispatcher: str = "alltoall") -> Packing:
     """The layout's packing; the all-gather dispatcher wants as many tokens on every rank."""
-    packed = batching.Packing.at(layout, MAX_TOKENS)
+    packed = Packing.at(layout, MAX_TOKENS)
     return packed if dispatcher == "alltoall" else replace(packed, total_multiple=MAX_TOKENS)
 
 
@@ -361,27 +357,5 @@ def case_a_checkpoint_goes_on_at_any_other_layout() -> None:
     assert worst > 1e-3
 
 
-def main() -> None:
-    parallel.initialize(ParallelConfig(), seed=0)
-    cases = {n.removeprefix("case_"): f for n, f in globals().items() if n.startswith("case_")}
-    for name in sys.argv[2:] or cases:
-        case, fault = cases[name], ""
-        try:
-            case()
-        except Exception:
-            fault = f"rank {dist.get_rank()}: {traceback.format_exc()}"
-            print(fault, flush=True)
-        # Not a collective: a rank that failed may leave the others waiting in one.
-        if fault:
-            # The first fault counts: others may come of it.
-            with contextlib.suppress(FileExistsError), (FOLDER / f"{name}.txt").open("x") as file:
-                file.write(fault)
-            os._exit(1)
-        parallel.barrier()
-        if parallel.is_main():
-            (FOLDER / f"{name}.txt").touch()
-    parallel.finalize()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(globals(), FOLDER, sys.argv[2:])

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_mmr1.backend import batching, losses
+from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.convert import AttentionShape
@@ -113,7 +114,7 @@ def make_step(
     aggregation: str = "token_mean",
 ) -> StepBatch:
     """One optimizer step of the samples, packed into several micro-batches."""
-    return build_step(policy, samples, batching.Packing(max_tokens), processor, aggregation)
+    return build_step(policy, samples, Packing(max_tokens), processor, aggregation)
 
 
 def sample_logprobs(

@@ -1,16 +1,11 @@
 """What test_layouts.py checks on four processes: `torchrun ... layout_cases.py FOLDER [CASE ...]`.
 
-Every function named `case_*` runs on all ranks, at layouts that it lays itself; the folder gets one
-file a case: empty when it held, else the traceback of the first rank on which it didn't. One launch
-serves all: importing Megatron-Core takes longer than the checks.
+How cases run and report: launched.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -22,12 +17,14 @@ device.prepare_process()
 import torch
 import torch.distributed as dist
 from helpers import NO_CLIPPING, relative_difference
+from launched import run_cases
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_mmr1.algorithms import grpo_loss as definition
-from megatron_mmr1.backend import batching, losses, parallel, vocab_parallel, weights
+from megatron_mmr1.backend import losses, parallel, vocab_parallel, weights
 from megatron_mmr1.backend.checkpoint import Checkpoints
+from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.data.processor import PromptProcessor
@@ -66,7 +63,7 @@ def make_policy(layout: ParallelConfig, model: str = "untied", dtype: str = "flo
 def make_step(policy: MegatronPolicy, layout: ParallelConfig, seed: int = 0) -> StepBatch:
     processor = PromptProcessor(FOLDER / "untied")
     samples = make_samples("mixed", processor, seed)
-    return ours.build_step(policy, samples, batching.Packing.at(layout, 64), processor)
+    return ours.build_step(policy, samples, Packing.at(layout, 64), processor)
 
 
 def train(policy: MegatronPolicy, layout: ParallelConfig, steps: range) -> list[dict[str, float]]:
@@ -251,7 +248,7 @@ def case_ranks_with_nothing_to_do_keep_the_others_company() -> None:
     for name in ("DP4", "PP2, DP2", "CP2, DP2", "TP4"):
         layout = lay(name)
         policy = make_policy(layout)
-        step = ours.build_step(policy, samples, batching.Packing.at(layout, 64), processor)
+        step = ours.build_step(policy, samples, Packing.at(layout, 64), processor)
         metrics = policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))
         policy.logprobs(step, WHOLE_SOFTMAX)
         losses_found.append((metrics["loss"], metrics["grad_norm"]))
@@ -276,27 +273,5 @@ def case_reference_logprobs_and_metrics_are_the_same_on_every_rank() -> None:
         assert all(other == metrics for other in everyone)
 
 
-def main() -> None:
-    parallel.initialize(ParallelConfig(), seed=0)
-    cases = {n.removeprefix("case_"): f for n, f in globals().items() if n.startswith("case_")}
-    for name in sys.argv[2:] or cases:
-        case, fault = cases[name], ""
-        try:
-            case()
-        except Exception:
-            fault = f"rank {dist.get_rank()}: {traceback.format_exc()}"
-            print(fault, flush=True)
-        # Not a collective: a rank that failed may leave the others waiting in one.
-        if fault:
-            # The first fault counts: others may come of it.
-            with contextlib.suppress(FileExistsError), (FOLDER / f"{name}.txt").open("x") as file:
-                file.write(fault)
-            os._exit(1)
-        parallel.barrier()
-        if parallel.is_main():
-            (FOLDER / f"{name}.txt").touch()
-    parallel.finalize()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(globals(), FOLDER, sys.argv[2:])

@@ -2,25 +2,16 @@
 The cases are in expert_cases.py.
 """
 
-import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launched import assert_held, case_names, launch
 
 from megatron_mmr1.data.tiny_model import build_tiny_qwen2_5_vl
 
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("expert_cases.py")
-CASES = [
-    node.name.removeprefix("case_")
-    for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("case_")
-]
-LIMIT_S = 600
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +22,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory, process_group: None) -> Pa
     folder = tmp_path_factory.mktemp("experts")
     build_tiny_qwen2_5_vl(folder / "model")
     expert_cases.one_process(folder / "model").save(folder / "one_process.safetensors")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    with (folder / "log").open("w") as log:
-        subprocess.run(
-            [sys.executable, *launcher, str(SCRIPT), str(folder)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=LIMIT_S,
-            env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])},
-        )
+    launch(SCRIPT, folder, num_ranks=4)
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", case_names(SCRIPT))
 def test_on_four_processes(reports: Path, case: str):
-    report = reports / f"{case}.txt"
-    assert report.exists(), (reports / "log").read_text()[-3000:]
-    assert report.read_text() == ""
+    assert_held(reports, case)

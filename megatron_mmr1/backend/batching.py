@@ -1,8 +1,7 @@
-"""From prompts and responses to packed micro-batches: the plan, and what a rank builds of it.
+"""From prompts and responses to packed micro-batches: a rank's share of a planned step.
 
-The plan needs numbers only (`SampleSize`) and is the same on every rank: which data-parallel rank
-trains which sample, which samples share a micro-batch, and the step's one global denominator. A
-rank then builds the tensors of its own share. All ranks get the same number of micro-batches.
+The plan (plan.py) needs numbers only and is the same on every rank; a rank then builds the tensors
+of its own share.
 
 N samples, T packed tokens, R response tokens, M image tokens.
 """
@@ -18,16 +17,10 @@ from torch import Tensor
 
 from megatron_mmr1 import device
 from megatron_mmr1.algorithms.advantages import group_advantages
-from megatron_mmr1.algorithms.grpo_loss import loss_counts, token_weights
+from megatron_mmr1.algorithms.grpo_loss import token_weights
 from megatron_mmr1.backend import parallel
-from megatron_mmr1.backend.packing import (
-    StepCost,
-    balance,
-    first_fit_decreasing,
-    pad_to,
-)
-from megatron_mmr1.config.layout import sequence_multiple, total_multiple
-from megatron_mmr1.config.schema import ParallelConfig
+from megatron_mmr1.backend.packing import StepCost, pad_to
+from megatron_mmr1.backend.plan import Packing, SampleSize, StepPlan, padded_lengths, plan_step
 from megatron_mmr1.types import (
     Demonstration,
     PackedBatch,
@@ -64,140 +57,6 @@ class Sample:
     rollout_logprobs: Tensor
     advantage: float
     is_kept: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SampleSize:
-    """What the plan knows of a sample.
-
-    Attributes:
-        prompt_id: samples of one prompt stay on one data-parallel rank, so that its images are
-            encoded once.
-        num_prompt_tokens, num_response_tokens: in tokens, visual ones included.
-        patches: of each image of the prompt.
-    """
-
-    prompt_id: str
-    num_prompt_tokens: int
-    num_response_tokens: int
-    patches: tuple[int, ...]
-    is_kept: bool
-
-    @classmethod
-    def of(cls, sample: Sample) -> SampleSize:
-        """Measure a sample; its pixels are not needed."""
-        grid = sample.prompt.image_grid_thw
-        return cls(
-            sample.prompt.prompt_id,
-            len(sample.prompt.token_ids),
-            len(sample.response_token_ids),
-            () if grid is None else tuple(grid.prod(-1).tolist()),
-            sample.is_kept,
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and response."""
-        return self.num_prompt_tokens + self.num_response_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How sequences lie in micro-batches at one parallel layout.
-
-    Attributes:
-        max_tokens: of a micro-batch, padding included; a multiple of `total_multiple`.
-        sequence_multiple: each sequence is padded to it: context parallelism cuts it into
-            2 * cp_size chunks.
-        total_multiple: of a micro-batch's tokens: sequence parallelism cuts a rank's chunk again.
-        count_multiple: of the number of micro-batches: the interleaved pipeline schedule takes
-            them in rounds of pp_size.
-        is_fixed_length: all micro-batches of a step are as long as the longest one: pipeline stages
-            then exchange no shapes.
-    """
-
-    max_tokens: int
-    sequence_multiple: int = 1
-    total_multiple: int = 1
-    count_multiple: int = 1
-    is_fixed_length: bool = False
-
-    @classmethod
-    def at(cls, layout: ParallelConfig, max_tokens: int) -> Packing:
-        """Return the packing rules of a layout."""
-        return cls(
-            max_tokens,
-            sequence_multiple=sequence_multiple(layout),
-            total_multiple=total_multiple(layout),
-            count_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
-            is_fixed_length=layout.pp_size > 1,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One optimizer step, for all data-parallel ranks.
-
-    Attributes:
-        micro_batches: for each data-parallel rank, the samples of each of its micro-batches; all
-            ranks have equally many, the last ones possibly empty.
-        num_tokens, num_sequences: the loss's denominators over the whole step.
-        costs: FLOPs of each rank's share.
-        waste: share of the micro-batches' tokens that is padding.
-    """
-
-    micro_batches: list[list[list[int]]]
-    num_tokens: int
-    num_sequences: int
-    costs: list[float]
-    waste: float
-
-    def metrics(self) -> dict[str, float]:
-        """Return numbers for the log, keys "packing/..."; imbalance is 1 at best.
-
-        Imbalance is the costliest rank's FLOPs over the mean: what all ranks wait for.
-        """
-        mean = sum(self.costs) / len(self.costs)
-        return {
-            "packing/micro_batches": float(len(self.micro_batches[0])),
-            "packing/waste": self.waste,
-            "packing/imbalance": max(self.costs) / mean if mean else 1.0,
-        }
-
-
-def plan_step(
-    sizes: Sequence[SampleSize], packing: Packing, cost: StepCost, dp_size: int
-) -> StepPlan:
-    """Share a step's samples over ranks and micro-batches; pure, the same on every rank.
-
-    Raises:
-        ValueError: a sample is longer than a micro-batch.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, size in enumerate(sizes):
-        groups.setdefault(size.prompt_id, []).append(index)
-    members = list(groups.values())
-    costs = [_group_cost([sizes[i] for i in group], cost) for group in members]
-    shares = balance(costs, dp_size)
-    bins = []
-    for share in shares:
-        mine = [i for g in share for i in members[g]]
-        lengths = [pad_to(sizes[i].num_tokens, packing.sequence_multiple) for i in mine]
-        packed = first_fit_decreasing(lengths, packing.max_tokens)
-        bins.append([[mine[i] for i in members_of_bin] for members_of_bin in packed])
-    count = pad_to(max(1, *(len(rank) for rank in bins)), packing.count_multiple)
-    bins = [rank + [[] for _ in range(count - len(rank))] for rank in bins]
-    lengths = torch.tensor([size.num_response_tokens for size in sizes])
-    num_tokens, num_sequences = loss_counts(lengths, torch.tensor([s.is_kept for s in sizes]))
-    real = sum(size.num_tokens for size in sizes)
-    padded = sum(sum(_padded_lengths(rank, sizes, packing)) for rank in bins)
-    return StepPlan(
-        bins,
-        num_tokens,
-        num_sequences,
-        [sum(costs[g] for g in share) for share in shares],
-        1 - real / padded if padded else 0.0,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +129,18 @@ class StepBuilder:
         return _build(plan, parallel.dp_rank(), sizes, sample, *args), plan
 
 
+def size_of(sample: Sample) -> SampleSize:
+    """Measure a sample; its pixels are not needed."""
+    grid = sample.prompt.image_grid_thw
+    return SampleSize(
+        sample.prompt.prompt_id,
+        len(sample.prompt.token_ids),
+        len(sample.response_token_ids),
+        () if grid is None else tuple(grid.prod(-1).tolist()),
+        sample.is_kept,
+    )
+
+
 def samples_of_groups(groups: Sequence[ScoredGroup]) -> list[Sample]:
     """Turn scored groups into samples, advantages included
     (group-normalised: algorithms.advantages).
@@ -323,7 +194,7 @@ def _build(
 ) -> StepBatch:
     """Build the tensors of one data-parallel rank's share."""
     bins = plan.micro_batches[dp_rank]
-    lengths = _padded_lengths(bins, sizes, packing)
+    lengths = padded_lengths(bins, sizes, packing)
     samples = {index: sample(index) for indices in bins for index in indices}
     first_feature: dict[str, int] = {}
     encoded: list[PromptImages] = []
@@ -349,26 +220,6 @@ def _build(
         for indices, length in zip(bins, lengths, strict=True)
     )
     return StepBatch(micro_batches, tuple(encoded))
-
-
-def _group_cost(sizes: Sequence[SampleSize], cost: StepCost) -> float:
-    """FLOPs of a prompt's responses, its images counted once."""
-    text = sum(cost.sequence(size.num_tokens, size.num_response_tokens) for size in sizes)
-    return text + cost.images(sizes[0].patches)
-
-
-def _padded_lengths(
-    bins: Sequence[Sequence[int]], sizes: Sequence[SampleSize], packing: Packing
-) -> list[int]:
-    """Tokens of each micro-batch, padding included."""
-    lengths = [
-        pad_to(
-            max(1, sum(pad_to(sizes[i].num_tokens, packing.sequence_multiple) for i in indices)),
-            packing.total_multiple,
-        )
-        for indices in bins
-    ]
-    return [max(lengths)] * len(lengths) if packing.is_fixed_length else lengths
 
 
 def _micro_batch(

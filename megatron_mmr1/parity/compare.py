@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from megatron_mmr1.backend import parallel
-from megatron_mmr1.backend.batching import Packing
+from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
 from megatron_mmr1.convert import AttentionShape
 from megatron_mmr1.data.processor import PromptProcessor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_mmr1.backend import batching, losses, parallel
+from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.data.processor import PromptProcessor
@@ -25,21 +26,21 @@ def build_policy(model: ModelConfig, layout: ParallelConfig) -> MegatronPolicy:
 def build_step(
     policy: MegatronPolicy,
     samples: Sequence[batching.Sample],
-    packing: batching.Packing,
+    packing: Packing,
     processor: PromptProcessor,
     aggregation: str = "token_mean",
 ) -> StepBatch:
     """Build this rank's share of a step of these samples."""
     images = batching.ImageTokens.of(processor)
     builder = batching.StepBuilder(packing, policy.cost, aggregation, images)
-    sizes = [batching.SampleSize.of(sample) for sample in samples]
+    sizes = [batching.size_of(sample) for sample in samples]
     return builder.build(sizes, samples.__getitem__)[0]
 
 
 def our_outcome(
     policy: MegatronPolicy,
     samples: Sequence[batching.Sample],
-    packing: batching.Packing,
+    packing: Packing,
     processor: PromptProcessor,
     constants: tuple[list[Tensor], list[Tensor]],
     change: Callable[[StepBatch], StepBatch] = lambda step: step,

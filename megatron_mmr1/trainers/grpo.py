@@ -13,6 +13,7 @@ from itertools import batched
 from pathlib import Path
 
 from megatron_mmr1.backend import batching, losses, parallel
+from megatron_mmr1.backend.plan import StepPlan
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.evaluation import accuracy
 from megatron_mmr1.observability.progress import Progress
@@ -107,7 +108,7 @@ def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> d
     return metrics
 
 
-def _build(groups: Sequence[ScoredGroup], parts: Parts) -> tuple[StepBatch, batching.StepPlan]:
+def _build(groups: Sequence[ScoredGroup], parts: Parts) -> tuple[StepBatch, StepPlan]:
     """Build this rank's share of an optimizer step; pixels come from the data set."""
     samples = batching.samples_of_groups(groups)
 
@@ -116,7 +117,7 @@ def _build(groups: Sequence[ScoredGroup], parts: Parts) -> tuple[StepBatch, batc
         prompt = parts.train_set[parts.train_set.index_of(prompt_id)]
         return replace(samples[index], prompt=prompt)
 
-    return parts.builder.build([batching.SampleSize.of(s) for s in samples], sample)
+    return parts.builder.build([batching.size_of(s) for s in samples], sample)
 
 
 def _with_frozen_logprobs(step: StepBatch, config: GrpoConfig, parts: Parts) -> StepBatch:

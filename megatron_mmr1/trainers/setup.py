@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.checkpoint import Checkpoints
+from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.data.dataset import PromptDataset
@@ -99,7 +100,7 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
             verifier=verifier,
             checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),
             builder=batching.StepBuilder(
-                batching.Packing.at(config.parallel, config.max_tokens_per_microbatch),
+                Packing.at(config.parallel, config.max_tokens_per_microbatch),
                 policy.cost,
                 config.algorithm.aggregation,
                 batching.ImageTokens.of(processor),

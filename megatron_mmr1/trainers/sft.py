@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_mmr1.backend import batching, losses, parallel
+from megatron_mmr1.backend.plan import Packing, SampleSize
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import SamplerConfig, SftConfig
 from megatron_mmr1.data.dataset import DemonstrationDataset
@@ -35,7 +36,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
         config.seed,
     )
     builder = batching.StepBuilder(
-        batching.Packing.at(config.parallel, config.max_tokens_per_microbatch),
+        Packing.at(config.parallel, config.max_tokens_per_microbatch),
         policy.cost,
         "token_mean",
         batching.ImageTokens.of(processor),
@@ -65,7 +66,7 @@ def _build(
 ) -> tuple[StepBatch, dict[str, float]]:
     """Build a draw's step; the plan needs the rows' sizes, and a rank loads its own rows only."""
     sizes = [
-        batching.SampleSize(
+        SampleSize(
             dataset.prompt_ids[index],
             dataset.sizes[index].num_prompt_tokens,
             dataset.sizes[index].num_response_tokens,
