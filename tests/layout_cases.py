@@ -196,6 +196,7 @@ def case_a_checkpoint_goes_on_at_any_other_layout() -> None:
         ("PP2, DP2", "float32", "tied", ["TP2 + SP, DP2", "PP2 x VPP2, DP2", "DP4"]),
         ("DP4", "float32", "tied", ["TP2 x PP2", "TP2 x CP2 + SP"]),
         ("TP2 x PP2", "bfloat16", "untied", ["DP4", "CP2, DP2"]),
+        ("TP4", "float32", "untied", ["DP4"]),  # from a padded vocabulary to one that isn't
     ]
     for number, (first, dtype, model, others) in enumerate(cases):
         run_dir = FOLDER / f"run_{number}"
