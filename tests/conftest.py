@@ -69,6 +69,17 @@ def process_group() -> None:
 
 
 @pytest.fixture(scope="session")
+def samples(tiny_processor: Any) -> Any:
+    """Eight sequences of unequal lengths: four prompts (three with images), two responses each."""
+    from helpers import mixed_prompts, scored_groups
+
+    from megatron_mmr1.backend import batching
+
+    groups = scored_groups(mixed_prompts(tiny_processor), tiny_processor)
+    return batching.samples_of_groups(groups)
+
+
+@pytest.fixture(scope="session")
 def vllm_engine(tiny_model_dir: Path, tiny_processor: Any, process_group: None) -> Any:
     """One in-process vLLM engine of the tiny model. Tests push the weights that they want first."""
     from megatron_mmr1.config.schema import RolloutConfig
