@@ -15,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_mmr1 import cli
+from megatron_mmr1.config.layout import ModelSizes, check_fp8, check_max_tokens, total_multiple
 from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
 from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, ParallelConfig, SftConfig
@@ -251,6 +252,20 @@ def test_a_layout_must_fit_the_processes_and_the_lengths(files: Path):
     assert message_of(validate_sft, uneven, 4).endswith("use a multiple of 8, as 1000")
     validate(grpo(files, "rollout.tp_size=4"), 8)
     assert message_of(validate, grpo(files, "rollout.tp_size=3"), 3).endswith("use 1")
+
+
+def test_fp8_asks_for_tokens_and_sizes_in_sixteens():
+    """Transformer Engine refuses other sides of a matrix: found before it is loaded."""
+    sizes = ModelSizes(64, 8, 80, 29568, 16, 0)  # a 72B model
+    layout = ParallelConfig(tp_size=2, cp_size=2, sequence_parallel=True)
+    assert (total_multiple(layout), total_multiple(layout, "hybrid")) == (8, 64)
+    message = message_of(check_max_tokens, layout, 1000, 1, "why", "hybrid")
+    assert message.endswith("model.fp8=hybrid; use a multiple of 64, as 960")
+    check_fp8(ParallelConfig(tp_size=8), sizes, "hybrid")
+    check_fp8(ParallelConfig(tp_size=16), sizes, "off")
+    message = message_of(check_fp8, ParallelConfig(tp_size=16), sizes, "hybrid")
+    assert "intermediate_size=29568 over parallel.tp_size=16 is 1848" in message
+    assert "lower parallel.tp_size" in message
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ class Packing:
         max_tokens: of a micro-batch, padding included; a multiple of `total_multiple`.
         sequence_multiple: each sequence is padded to it: context parallelism cuts it into
             2 * cp_size chunks.
-        total_multiple: of a micro-batch's tokens: sequence parallelism cuts a rank's chunk again.
+        total_multiple: of a micro-batch's tokens: sequence parallelism cuts a rank's chunk again,
+            and FP8 wants multiples of 16.
         count_multiple: of the number of micro-batches: the interleaved pipeline schedule takes
             them in rounds of pp_size.
         is_fixed_length: all micro-batches of a step are as long as the longest one: pipeline stages
@@ -63,12 +64,12 @@ class Packing:
     is_fixed_length: bool = False
 
     @classmethod
-    def at(cls, layout: ParallelConfig, max_tokens: int) -> Packing:
-        """Return the packing rules of a layout."""
+    def at(cls, layout: ParallelConfig, max_tokens: int, fp8: str = "off") -> Packing:
+        """Return the packing rules of a layout and of `model.fp8`."""
         return cls(
             max_tokens,
             sequence_multiple=sequence_multiple(layout),
-            total_multiple=total_multiple(layout),
+            total_multiple=total_multiple(layout, fp8),
             count_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
             is_fixed_length=layout.pp_size > 1,
         )

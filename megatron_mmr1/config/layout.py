@@ -13,6 +13,8 @@ from typing import Any
 
 from megatron_mmr1.config.schema import ParallelConfig
 
+_FP8_TOKENS = 16  # of a side of a matrix in FP8 products, in elements
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
@@ -62,9 +64,16 @@ def sequence_multiple(parallel: ParallelConfig) -> int:
     return 2 * parallel.cp_size if parallel.cp_size > 1 else 1
 
 
-def total_multiple(parallel: ParallelConfig) -> int:
-    """Return what a micro-batch's tokens are padded to: SP cuts a rank's tokens again."""
-    return sequence_multiple(parallel) * (parallel.tp_size if parallel.sequence_parallel else 1)
+def total_multiple(parallel: ParallelConfig, fp8: str = "off") -> int:
+    """Return what a micro-batch's tokens are padded to: SP cuts a rank's tokens again.
+
+    In FP8 the tokens that a rank holds must be a multiple of 16: they are a side of a matrix in
+    every product, and the summed one in the weights' gradients.
+    """
+    sequence_parts = parallel.tp_size if parallel.sequence_parallel else 1
+    if fp8 != "off":
+        return _FP8_TOKENS * parallel.cp_size * sequence_parts  # 16 is even: CP's halves fit too
+    return sequence_multiple(parallel) * sequence_parts
 
 
 def replica_size(parallel: ParallelConfig) -> int:
@@ -103,7 +112,24 @@ def check_layout(parallel: ParallelConfig, sizes: ModelSizes, world_size: int) -
         )
 
 
-def check_max_tokens(parallel: ParallelConfig, max_tokens: int, longest: int, why: str) -> None:
+def check_fp8(parallel: ParallelConfig, sizes: ModelSizes, fp8: str) -> None:
+    """Refuse FP8 where a rank's part of the MLP is no multiple of 16 (Transformer Engine would).
+
+    Raises:
+        ValueError: names the sizes.
+    """
+    part = sizes.intermediate_size // parallel.tp_size
+    if fp8 != "off" and part % _FP8_TOKENS:
+        raise ValueError(
+            f"model.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and intermediate_size="
+            f"{sizes.intermediate_size} over parallel.tp_size={parallel.tp_size} is {part}; use "
+            "fp8=off, or lower parallel.tp_size"
+        )
+
+
+def check_max_tokens(
+    parallel: ParallelConfig, max_tokens: int, longest: int, why: str, fp8: str = "off"
+) -> None:
     """Refuse a `max_tokens_per_microbatch` that doesn't divide or that a sample doesn't fit.
 
     Args:
@@ -113,15 +139,15 @@ def check_max_tokens(parallel: ParallelConfig, max_tokens: int, longest: int, wh
     Raises:
         ValueError: names the value and one that fits.
     """
-    unit = total_multiple(parallel)
+    unit = total_multiple(parallel, fp8)
     fits = -(-longest // unit) * unit
     if max_tokens < 1 or max_tokens % unit:
         nearest = max(max_tokens // unit * unit, fits)
         raise ValueError(
             f"max_tokens_per_microbatch={max_tokens} does not divide over parallel.cp_size="
             f"{parallel.cp_size} (in 2 * cp_size chunks) and tp_size={parallel.tp_size} (with "
-            f"sequence_parallel={parallel.sequence_parallel}); use a multiple of {unit}, as "
-            f"{nearest}"
+            f"sequence_parallel={parallel.sequence_parallel}), model.fp8={fp8}; use a multiple of "
+            f"{unit}, as {nearest}"
         )
     if max_tokens < fits:
         raise ValueError(

@@ -10,7 +10,13 @@ import math
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_mmr1.config.layout import ModelSizes, check_layout, check_max_tokens, replica_size
+from megatron_mmr1.config.layout import (
+    ModelSizes,
+    check_fp8,
+    check_layout,
+    check_max_tokens,
+    replica_size,
+)
 from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import check_folder_name
 from megatron_mmr1.config.schema import (
@@ -80,9 +86,11 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, world_size)
+    check_fp8(config.parallel, sizes, config.model.fp8)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     why = "data.max_prompt_tokens + rollout.max_response_tokens"
-    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, longest, why)
+    fp8 = config.model.fp8
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, longest, why, fp8)
     if config.replay is None:
         _check_engine_ranks(config.rollout.tp_size, sizes, world_size)
     engine = () if config.replay is not None else ("vllm",)
@@ -108,8 +116,11 @@ def validate_sft(config: SftConfig, world_size: int) -> None:
     _check_optimizer(config.optimizer, config.num_steps)
     check_data_file("data", config.data)
     check_model_folder(config.model.path)
-    check_layout(config.parallel, ModelSizes.of(config.model.path), world_size)
-    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, "the shortest sequence")
+    sizes = ModelSizes.of(config.model.path)
+    check_layout(config.parallel, sizes, world_size)
+    check_fp8(config.parallel, sizes, config.model.fp8)
+    fp8, why = config.model.fp8, "the shortest sequence"
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, fp8)
     for module in ("megatron.core", "psutil"):
         check_module(module)
 
@@ -154,7 +165,9 @@ def validate_parity(config: ParityConfig) -> None:
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, replica_size(config.parallel) * config.dp_size)
-    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, "the shortest sequence")
+    check_fp8(config.parallel, sizes, config.model.fp8)
+    fp8, why = config.model.fp8, "the shortest sequence"
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, fp8)
     check_module("megatron.core")
 
 

@@ -100,7 +100,7 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
             verifier=verifier,
             checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),
             builder=batching.StepBuilder(
-                Packing.at(config.parallel, config.max_tokens_per_microbatch),
+                Packing.at(config.parallel, config.max_tokens_per_microbatch, config.model.fp8),
                 policy.cost,
                 config.algorithm.aggregation,
                 batching.ImageTokens.of(processor),

@@ -36,7 +36,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
         config.seed,
     )
     builder = batching.StepBuilder(
-        Packing.at(config.parallel, config.max_tokens_per_microbatch),
+        Packing.at(config.parallel, config.max_tokens_per_microbatch, config.model.fp8),
         policy.cost,
         "token_mean",
         batching.ImageTokens.of(processor),
