@@ -81,6 +81,20 @@ def test_a_figure_out_of_bounds_is_no_success_and_stands_out(key: str, value: fl
     assert page.count('class="bad"') == 2
 
 
+def test_a_users_model_has_twice_the_room_against_one_process_and_no_more():
+    """Each of the two may be a bound away from Hugging Face."""
+    layout = replace(LAYOUTS[0], is_own_model=True)
+
+    def judged(gradient: float) -> bool:
+        one_process = GOOD | {"gradient": gradient}
+        own = Compared(Cell(layout, "own"), "mixed", GOOD, one_process)
+        assert ("out of bounds" in as_markdown(tables([own]))) != is_good(own)
+        return is_good(own)
+
+    assert judged(1.9e-5) and not judged(2.1e-5)
+    assert not is_good(compared(hugging_face=GOOD, one_process=GOOD | {"gradient": 1.9e-5}))
+
+
 def test_rounding_is_judged_against_hugging_faces_own():
     assert is_good(compared(error=1.4e-3, hugging_face_error=1e-3))
     assert not is_good(compared(error=1.6e-3, hugging_face_error=1e-3))

@@ -79,6 +79,7 @@ def _one_layout(config: ParityConfig) -> list[Cell]:
         config.max_tokens_per_microbatch,
         dtype=config.model.dtype,
         freeze_vision=config.model.freeze_vision,
+        is_own_model=True,
     )
     alone = Layout("one process", ParityConfig().parallel, dtype=config.model.dtype)
     layouts = [asked] if asked.num_ranks == 1 else [alone, asked]

@@ -5,6 +5,9 @@
 LOGPROB_BOUND = 1e-5
 LOSS_BOUND = 1e-5
 GRADIENT_BOUND = 1e-5
+# Two outcomes that are each within a bound of Hugging Face may be twice as far from one another.
+# The matrix, on random weights, keeps the bound there too; trained weights may need the room.
+APART = 2.0
 # bfloat16: mean error against float32 over Hugging Face's own. Both round at every layer, in
 # different places, so that neither error bounds the other.
 BFLOAT16_BOUND = 1.5

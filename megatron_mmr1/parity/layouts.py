@@ -26,6 +26,7 @@ class Layout:
         kinds: which batches (BATCH_KINDS); all of them when empty.
         is_tied: with the model whose output layer is its embedding.
         in_ci: part of `make parity-ci`.
+        is_own_model: a user's model, with weights that we know nothing of (see bounds.APART).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layout:
     is_tied: bool = False
     freeze_vision: bool = False
     in_ci: bool = True
+    is_own_model: bool = False
 
     @property
     def all_kinds(self) -> tuple[str, ...]:
