@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend import parallel
-from megatron_mmr1.convert import AttentionShape, Rule, required_hf_names
+from megatron_mmr1.convert import AttentionShape, Rule, megatron_to_hf, required_hf_names
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.convert.rules import gather, merge, shard, split
 
@@ -103,9 +103,9 @@ class NamedWeights:
         for bucket in _buckets(pieces, self._is_replicated, BUCKET_BYTES):
             shards = self._move(bucket, values)
             for piece, parts in zip(bucket, shards, strict=True):
-                rule, hf_names = required_hf_names(self._rules, piece.name)
+                rule, _ = required_hf_names(self._rules, piece.name)
                 whole = gather(rule.kind, parts, self._vocab_size)
-                yield from zip(hf_names, split(rule.kind, whole, self._shape), strict=True)
+                yield from megatron_to_hf(self._rules, [(piece.name, whole)], self._shape)
 
     def _read(self, weights: HfWeights, name: str, parameter: Tensor) -> Tensor:
         rule, hf_names = required_hf_names(self._rules, name)
