@@ -7,6 +7,7 @@ didn't. One launch serves all: importing Megatron-Core takes longer than the che
 
 import ast
 import contextlib
+import faulthandler
 import os
 import subprocess
 import sys
@@ -32,7 +33,6 @@ def launch(script: Path, folder: Path, num_ranks: int) -> None:
             [sys.executable, *launcher, str(script), str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=LIMIT_S,
             env=os.environ | {"PYTHONPATH": str(script.parents[1])},
         )
 
@@ -50,6 +50,8 @@ def run_cases(namespace: Mapping[str, Any], folder: Path, only: list[str]) -> No
     from megatron_mmr1.backend import parallel
     from megatron_mmr1.config.schema import ParallelConfig
 
+    # A rank that waits for ever says where, in the log, and ends the launch.
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     parallel.initialize(ParallelConfig(), seed=0)
     cases: dict[str, Callable[[], None]] = {
         n.removeprefix("case_"): f for n, f in namespace.items() if n.startswith("case_")

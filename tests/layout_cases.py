@@ -5,6 +5,7 @@ How cases run and report: launched.py.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,23 @@ def case_reference_logprobs_and_metrics_are_the_same_on_every_rank() -> None:
         assert torch.equal(torch.cat(policy.reference_logprobs(step, WHOLE_SOFTMAX)), start)
         everyone = parallel.gather_over_world([metrics])
         assert all(other == metrics for other in everyone)
+
+
+def case_a_dropped_policy_takes_its_groups_threads_along() -> None:
+    """Else a process that lays several layouts fills up with threads, and slows down."""
+
+    def num_threads() -> int:
+        parallel.lift_groups()
+        return len(os.listdir("/proc/self/task"))
+
+    before = num_threads()
+    for name in ("DP4", "TP2 x PP2", "PP2 x VPP2, DP2"):
+        layout = lay(name)
+        policy = make_policy(layout)
+        train(policy, layout, range(1))
+        del policy
+        # Threads of a library's own pools may come; those of 20 groups, three each, may not stay.
+        assert num_threads() <= before + 10, name
 
 
 if __name__ == "__main__":

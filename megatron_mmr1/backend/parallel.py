@@ -4,6 +4,7 @@ and the few collectives that rooms share.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from datetime import timedelta
@@ -66,8 +67,10 @@ def lay_groups(config: ParallelConfig, seed: int) -> None:
 def lift_groups() -> None:
     """Take Megatron's groups away; torch's own stays.
 
-    Megatron only forgets its groups; each keeps threads until it is destroyed.
+    Megatron only forgets its groups; each keeps threads until it is destroyed and no policy that
+    was dropped before still refers to it.
     """
+    gc.collect()
     parallel_state.destroy_model_parallel()
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

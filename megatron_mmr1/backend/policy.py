@@ -12,6 +12,7 @@ plain sums over data- and context-parallel ranks (see backend.model).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -80,7 +81,11 @@ class MegatronPolicy:
         is_interleaved = parallel_config.vpp_size > 1
         with device.seam():
             config = transformer_config(hf_config, model, parallel_config)
-            config.finalize_model_grads_func = self._finalize_gradients
+            # Autograd hooks that the garbage collector can't see keep the config. It holds the policy
+            # weakly, or each policy (and its process groups' threads) would live as long as the
+            # process.
+            finalize = weakref.WeakMethod(self._finalize_gradients)
+            config.finalize_model_grads_func = lambda *args, **kwargs: finalize()(*args, **kwargs)
             stages = range(parallel_config.vpp_size) if is_interleaved else [None]
             self.chunks = [Qwen25VL(hf_config, config, stage) for stage in stages]
             for chunk in self.chunks:
