@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from launched import assert_held, case_names, launch
-
-from megatron_mmr1.data.tiny_model import build_tiny_qwen2_5_vl
+from megatron_mmr1.parity.models import build_tiny
 
 pytestmark = pytest.mark.distributed
 
@@ -20,7 +19,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, process_group: None) -> Pa
     import expert_cases
 
     folder = tmp_path_factory.mktemp("experts")
-    build_tiny_qwen2_5_vl(folder / "model")
+    build_tiny("qwen3_moe", folder / "model")
     expert_cases.one_process(folder / "model").save(folder / "one_process.safetensors")
     launch(SCRIPT, folder, num_ranks=4)
     return folder

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from megatron_mmr1.parity.models import build_tiny
+
 from megatron_mmr1.cli import load_config, run_main
 from megatron_mmr1.config.schema import ParityConfig
 from megatron_mmr1.config.validate import validate_parity
@@ -37,7 +39,7 @@ def main() -> None:
             if "--hf" in options:
                 arguments = [f"model.path={options['--hf']}", *arguments]
             elif not any(a.startswith("model.path=") for a in arguments):
-                arguments = [f"model.path={_tiny_model(scratch / 'tiny', False)}", *arguments]
+                arguments = [f"model.path={build_tiny('qwen2_5_vl', scratch / 'tiny')}", *arguments]
             config = load_config(ParityConfig, "parity", arguments)
             validate_parity(config)
             results = _check(_one_layout(config), scratch)
@@ -66,8 +68,16 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def _matrix_cells(scratch: Path, is_ci: bool) -> list[Cell]:
     layouts = [layout for layout in LAYOUTS if layout.in_ci or not is_ci]
-    tied = _tiny_model(scratch / "tied", True)
-    return cells_of(layouts, CONTROLS, _tiny_model(scratch / "untied", False), tied)
+    folders: dict[tuple[str, bool], str] = {}
+
+    def folder_of(layout: Layout) -> str:
+        key = layout.model, layout.is_tied
+        if key not in folders:
+            name = layout.model + ("_tied" if layout.is_tied else "")
+            folders[key] = str(build_tiny(layout.model, scratch / name, tied=layout.is_tied))
+        return folders[key]
+
+    return cells_of(layouts, CONTROLS, folder_of)
 
 
 def _one_layout(config: ParityConfig) -> list[Cell]:
@@ -83,7 +93,7 @@ def _one_layout(config: ParityConfig) -> list[Cell]:
     )
     alone = Layout("one process", ParityConfig().parallel, dtype=config.model.dtype)
     layouts = [asked] if asked.num_ranks == 1 else [alone, asked]
-    return cells_of(layouts, (), config.model.path, None)
+    return cells_of(layouts, (), lambda layout: config.model.path)
 
 
 def _check(cells: list[Cell], scratch: Path) -> list[Compared]:
@@ -105,20 +115,14 @@ def _write(results: list[Compared], folder: Path, is_ci: bool) -> None:
     made, name = tables(results), "parity-ci" if is_ci else "parity"
     command = f"`make {name}`"
     words = (
-        f"Written by {command}: real Megatron-Core over gloo, on a CPU, a tiny random Qwen2.5-VL "
-        f"(4 layers, 4 heads, 2 key/value heads). {summary(results)}."
+        f"Written by {command}: real Megatron-Core over gloo, on a CPU, tiny random models (4 layers, "
+        f"4 heads, 2 key/value heads), a Qwen2.5-VL unless the row names another. {summary(results)}."
     )
     page = folder / f"{name}.html"
     page.write_text(as_html(made, _HEADING, words.replace("`", "")), encoding="utf-8")
     text = f"# {_HEADING}\n\n{words}\n\n{as_markdown(made)}"
     (folder / f"{name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     print(f"tables: {folder / name}.md and {page}")
-
-
-def _tiny_model(folder: Path, is_tied: bool) -> str:
-    from megatron_mmr1.data.tiny_model import build_tiny_qwen2_5_vl
-
-    return str(build_tiny_qwen2_5_vl(folder, tie_word_embeddings=is_tied))
 
 
 if __name__ == "__main__":

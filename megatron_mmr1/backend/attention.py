@@ -42,6 +42,15 @@ class Block:
     mask_B1QK: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class VisualRows:
+    """The image tokens of this rank (position_M), and which of the step's features they take."""
+
+    position_M: Tensor
+    feature_M: Tensor
+    features_MD: Tensor
+
+
 @dataclass
 class LocalSequences(PackedSeqParams):
     """How this rank's tokens fall into sequences; made once a micro-batch, read by every layer.
@@ -55,6 +64,7 @@ class LocalSequences(PackedSeqParams):
         longest: tokens of the longest sequence.
         blocks: for our own attention.
         context_index_T: where in the blocks' concatenated results each local token's lies.
+        visual: image features for layers that take their own; None without.
     """
 
     qkv_format: str = "thd"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -62,6 +72,7 @@ class LocalSequences(PackedSeqParams):
     longest: int = 0
     blocks: list[Block] = field(default_factory=list)
     context_index_T: Tensor | None = None
+    visual: VisualRows | None = None
 
     @classmethod
     def of(

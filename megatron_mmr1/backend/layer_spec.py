@@ -59,16 +59,23 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     experts = config.num_moe_experts
     if device.has_gpu():
         _transformer_engine()
-        spec = get_gpt_layer_with_transformer_engine_spec(num_experts=experts)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=bool(experts), qk_layernorm=config.qk_layernorm
+        )
         layer: Any = spec.submodules
         layer.self_attention.submodules.core_attention = _packed_te_attention()
         return spec
     if config.fp8:
         # Megatron would run local layers in full precision without a word.
         raise ValueError(f"model.fp8={config.fp8!r} needs a GPU, and there is none; use off")
-    spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     layer = spec.submodules
-    layer.self_attention.submodules.core_attention = PackedAttention
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RmsNorm
     layer.input_layernorm = RmsNorm
     layer.pre_mlp_layernorm = RmsNorm
     return spec

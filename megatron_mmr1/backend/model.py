@@ -1,5 +1,5 @@
-"""Qwen2.5-VL on Megatron-Core: Hugging Face's vision tower in front of a GPTModel
-with multimodal rotary positions.
+"""The policy network on Megatron-Core: Hugging Face's vision tower, if the model has one,
+in front of a GPTModel with our rotary positions.
 
 Every Megatron configuration object is made here, from the Hugging Face configuration and ours.
 
@@ -8,7 +8,7 @@ the last. Order on the first stage: tokens are cut over context-parallel ranks, 
 features put in, and then cut over tensor-parallel ranks (sequence parallelism).
 
 T tokens of this rank, R its response tokens, V its part of the vocabulary, D hidden, M image
-tokens.
+tokens, K layers that take image features of their own (deepstack).
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
 
 from megatron_mmr1 import device
+from megatron_mmr1.backend.attention import VisualRows
 from megatron_mmr1.backend.layer_spec import block_spec
 from megatron_mmr1.backend.layout import LocalView
 from megatron_mmr1.backend.packing import pad_to
-from megatron_mmr1.backend.rotary import MultimodalRotary
+from megatron_mmr1.backend.rotary import Rotary
+from megatron_mmr1.backend.towers import build_tower, num_deepstack_layers
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
+from megatron_mmr1.convert import family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    hf_config: Qwen2_5_VLConfig, model: ModelConfig, parallel: ParallelConfig
+    hf_config: Any, model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
     """Build Megatron's TransformerConfig; sets only what we use.
 
@@ -55,9 +54,16 @@ def transformer_config(
 
     Experts are whole, whatever the tensor parallelism (so `parallel.lay_groups` lays their groups).
     Their tokens are sent to them: Megatron's default gathers all tokens everywhere, and wants the
-    same number of every rank.
+    same number of every rank. No loss balances them: RL keeps the router that it was given. The
+    router computes in float32.
+
+    Raises:
+        ValueError: the model has a part that we don't (see `_refuse_other_parts`).
     """
-    text: Any = hf_config.text_config
+    text: Any = hf_config.get_text_config()
+    family = family_of(hf_config)
+    _refuse_other_parts(text, family.has_qkv_bias)
+    experts = getattr(text, "num_experts", None)
     dtype = DTYPES[model.dtype]
     fp8: Any = None if model.fp8 == "off" else model.fp8
     recompute: Any = None if parallel.recompute == "none" else parallel.recompute
@@ -80,11 +86,12 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=family.has_qkv_bias,
+        qk_layernorm=family.has_qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         rotary_interleaved=False,
-        mrope_section=list(text.rope_parameters["mrope_section"]),
+        mrope_section=[],  # Megatron asks for it; ours is backend/rotary.py's
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
@@ -98,6 +105,14 @@ def transformer_config(
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
         expert_tensor_parallel_size=1,
+        num_moe_experts=experts,
+        moe_ffn_hidden_size=text.moe_intermediate_size if experts else None,
+        moe_router_topk=text.num_experts_per_tok if experts else 2,
+        # Softmax over the chosen experts only, as good as over all and normalised again.
+        moe_router_pre_softmax=bool(experts) and not text.norm_topk_prob,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=bool(experts) and device.has_gpu(),
         moe_token_dispatcher_type="alltoall",
         overlap_p2p_comm=is_interleaved and not parallel.batch_p2p,
         batch_p2p_comm=parallel.batch_p2p,
@@ -111,15 +126,37 @@ def transformer_config(
     )
 
 
-class Qwen25VL(MegatronModule):
+def _refuse_other_parts(text: Any, has_qkv_bias: bool) -> None:
+    """Refuse what the config asks for and our decoder lacks: numbers would be silently wrong."""
+    reasons = {
+        "attention_bias": getattr(text, "attention_bias", False) and not has_qkv_bias,
+        "mlp_bias": getattr(text, "mlp_bias", False),
+        "hidden_act": getattr(text, "hidden_act", "silu") != "silu",
+        "sliding_window": getattr(text, "use_sliding_window", True)
+        and bool(getattr(text, "sliding_window", None)),
+        "mlp_only_layers": bool(getattr(text, "mlp_only_layers", None)),
+        "decoder_sparse_step": getattr(text, "decoder_sparse_step", 1) != 1,
+    }
+    for key, is_there in reasons.items():
+        if is_there:
+            raise ValueError(
+                f"config.json: {key}={getattr(text, key)!r} is not supported by our decoder; "
+                "use a model without it"
+            )
+
+
+class PolicyStage(MegatronModule):
     """One pipeline stage of the policy network: tokens and image features in, logits out.
+
+    Attributes:
+        vision: the tower, on the first stage of a vision-language model.
 
     Args:
         vp_stage: which of this rank's model chunks this is; None without interleaving.
     """
 
     def __init__(
-        self, hf_config: Qwen2_5_VLConfig, config: TransformerConfig, vp_stage: int | None = None
+        self, hf_config: Any, config: TransformerConfig, vp_stage: int | None = None
     ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
@@ -130,11 +167,9 @@ class Qwen25VL(MegatronModule):
         self.post_process = parallel_state.is_pipeline_last_stage(
             ignore_virtual=False, vp_stage=vp_stage
         )
-        text: Any = hf_config.text_config
-        vision_config: Any = hf_config.vision_config
-        if self.pre_process:
-            vision_config._attn_implementation = "sdpa"
-            self.vision: Any = Qwen2_5_VisionTransformerPretrainedModel(vision_config)
+        text: Any = hf_config.get_text_config()
+        if self.pre_process and getattr(hf_config, "vision_config", None) is not None:
+            self.vision: Any = build_tower(hf_config)
         self.vocab_size: int = text.vocab_size
         layers: Any = block_spec(config, vp_stage)
         self.language: Any = GPTModel(
@@ -149,10 +184,13 @@ class Qwen25VL(MegatronModule):
             post_process=self.post_process,
             vp_stage=vp_stage,
         )
-        assert config.kv_channels is not None
-        self.language.rotary_pos_emb = MultimodalRotary(
-            config.kv_channels, text.rope_parameters["rope_theta"]
-        )
+        self.language.rotary_pos_emb = Rotary(text, family_of(hf_config).interleaved_positions)
+        if self.pre_process:
+            for index in range(num_deepstack_layers(hf_config)):
+                # config/layout.py has seen to it that these layers are on the first stage.
+                self.language.decoder.layers[index].register_forward_hook(
+                    AddFeatures(config, index + 1), with_kwargs=True
+                )
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         if self.post_process:
             # We gather the tokens before we choose rows; the layer must not gather again.
@@ -182,13 +220,18 @@ class Qwen25VL(MegatronModule):
 
         Args:
             view: this context-parallel rank's part of it.
-            features_MD: the step's visual features, on the first stage; None without images.
+            features_MD: the step's visual features, [M, (1 + K) D], on the first stage; None
+                without images.
 
         Returns:
             On the last stage the logits [R, V] that predict `view.rows`, in the parameters' dtype:
             only these rows go through the output layer, and columns that stand for no token are
             -inf. On other stages the activations [T, 1, D].
         """
+        if self.pre_process and features_MD is not None:
+            view.sequences.visual = VisualRows(
+                view.visual_position_M, view.visual_feature_M, features_MD
+            )
         return self.language(
             input_ids=view.token_ids_T.unsqueeze(0),
             position_ids=view.position_ids_3T.unsqueeze(1),
@@ -204,8 +247,9 @@ class Qwen25VL(MegatronModule):
             input_ids=view.token_ids_T.unsqueeze(0), position_ids=None
         )
         if features_MD is not None:
+            hidden = embeddings_T1D.shape[-1]
             embeddings_T1D = embeddings_T1D.clone()
-            embeddings_T1D[view.visual_position_M, 0] = features_MD[view.visual_feature_M]
+            embeddings_T1D[view.visual_position_M, 0] = features_MD[view.visual_feature_M, :hidden]
         if self.config.sequence_parallel:
             embeddings_T1D = scatter_to_sequence_parallel_region(embeddings_T1D)
         return embeddings_T1D
@@ -234,3 +278,32 @@ class Qwen25VL(MegatronModule):
             is_padding_V = torch.arange(num_local, device=logits_RV.device) >= num_real
             logits_RV = logits_RV.masked_fill(is_padding_V, -torch.inf)
         return logits_RV
+
+
+class AddFeatures:
+    """After a layer: add its own image features to the hidden states of the image tokens.
+
+    A hook with everything in the layer's arguments: full recomputation calls the layer again, when
+    other micro-batches have gone through it since.
+
+    Args:
+        place: which of the tower's 1 + K outputs.
+    """
+
+    def __init__(self, config: TransformerConfig, place: int) -> None:
+        self._cuts_sequence = config.sequence_parallel
+        self._hidden, self._place = config.hidden_size, place
+
+    def __call__(self, layer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        visual = kwargs["packed_seq_params"].visual
+        if visual is None:
+            return output
+        hidden_T1D, *others = output
+        start = self._place * self._hidden
+        rows_MD = visual.features_MD[visual.feature_M, start : start + self._hidden]
+        parts = parallel_state.get_tensor_model_parallel_world_size() if self._cuts_sequence else 1
+        whole_T1D = hidden_T1D.new_zeros(len(hidden_T1D) * parts, 1, self._hidden)
+        whole_T1D = whole_T1D.index_put((visual.position_M,), rows_MD.unsqueeze(1))
+        if self._cuts_sequence:
+            whole_T1D = scatter_to_sequence_parallel_region(whole_T1D)
+        return (hidden_T1D + whole_T1D, *others)

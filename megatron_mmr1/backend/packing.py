@@ -143,8 +143,49 @@ def balance(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Tower:
+    """A vision tower's sizes, whatever its config calls them.
+
+    Attributes:
+        weights_a_patch: multiply-adds of its linear layers, a patch.
+        num_full, num_windowed: layers.
+    """
+
+    weights_a_patch: int
+    width: int
+    num_full: int
+    num_windowed: int
+    window_patches: int
+
+    @classmethod
+    def of(cls, vision: Any) -> _Tower:
+        # Everything up to the merger runs once a patch, the merger once in merge^2 patches.
+        # Qwen2-VL's `hidden_size` is the decoder's, its own is `embed_dim`.
+        width = getattr(vision, "embed_dim", None) or vision.hidden_size
+        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        inner = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+        out = getattr(vision, "out_hidden_size", None) or vision.hidden_size
+        merge = getattr(vision, "spatial_merge_size", 2)
+        patch = vision.patch_size
+        area = patch * patch if isinstance(patch, int) else patch[0] * patch[1]
+        channels = getattr(vision, "in_channels", None) or vision.num_channels
+        pixels = channels * getattr(vision, "temporal_patch_size", 1) * area
+        # Only Qwen2.5-VL has windows, and a gated MLP.
+        full = getattr(vision, "fullatt_block_indexes", None)
+        block = 4 * width * width + (2 if full is None else 3) * width * inner
+        merged = merge * merge * width
+        merger = merged * (merged + out) // (merge * merge)
+        weights = pixels * width + depth * block + merger
+        if full is None:
+            return cls(weights, width, depth, 0, 1)
+        # A window's side is a whole number of merged patches.
+        side = vision.window_size // (merge * patch) * merge
+        return cls(weights, width, len(full), depth - len(full), side * side)
+
+
+@dataclass(frozen=True, slots=True)
 class StepCost:
-    """FLOPs that a sequence or an image adds to one training step of a Qwen2.5-VL.
+    """FLOPs that a sequence or an image adds to one training step.
 
     Equation, for a sequence of L tokens, R of them the response's, and images of n patches:
 
@@ -179,30 +220,24 @@ class StepCost:
 
     @classmethod
     def of(cls, text_config: Any, vision_config: Any, trains_vision: bool) -> StepCost:
-        """Read the sizes off a Hugging Face Qwen2_5_VLConfig.
+        """Read the sizes off a Hugging Face config.
 
         Args:
-            text_config: its `text_config`.
-            vision_config: its `vision_config`.
+            text_config: of its decoder.
+            vision_config: its `vision_config`; None for a text model.
             trains_vision: False if the tower is frozen: it lies before the decoder, so nothing
                 needs its gradient and it costs its forward only.
         """
-        text, vision = text_config, vision_config
-        hidden = text.hidden_size
-        head = hidden // text.num_attention_heads
-        attention = 2 * hidden * hidden + 2 * hidden * text.num_key_value_heads * head
-        decoder = text.num_hidden_layers * (attention + 3 * hidden * text.intermediate_size)
-
-        # Everything from here to the merger runs once a patch, the merger once in merge^2 patches.
-        width, merge = vision.hidden_size, vision.spatial_merge_size
-        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        block = 4 * width * width + 3 * width * vision.intermediate_size
-        merged = merge * merge * width
-        merger = merged * (merged + vision.out_hidden_size) // (merge * merge)
-        tower = pixels * width + vision.depth * block + merger
-        num_full = len(vision.fullatt_block_indexes)
-        # A window's side is a whole number of merged patches.
-        side = vision.window_size // (merge * vision.patch_size) * merge
+        text = text_config
+        hidden, heads = text.hidden_size, text.num_attention_heads
+        head = getattr(text, "head_dim", None) or hidden // heads
+        attention = 2 * hidden * heads * head + 2 * hidden * text.num_key_value_heads * head
+        if getattr(text, "num_experts", None):
+            mlp = text.num_experts_per_tok * text.moe_intermediate_size
+        else:
+            mlp = text.intermediate_size
+        decoder = text.num_hidden_layers * (attention + 3 * hidden * mlp)
+        tower = _Tower.of(vision_config) if vision_config is not None else _Tower(0, 0, 0, 0, 1)
 
         # A weight is one multiply-add a token, 2 FLOPs. A pair is two dot products (scores, values)
         # as wide as all heads together, 4 FLOPs a channel.
@@ -210,11 +245,11 @@ class StepCost:
         return cls(
             text_token=2.0 * _PASSES_TRAINED * decoder,
             output_token=2.0 * _PASSES_TRAINED * hidden * text.vocab_size,
-            text_pair=4.0 * _PASSES_TRAINED * text.num_hidden_layers * hidden,
-            patch=2.0 * passes * tower,
-            window_pair=4.0 * passes * (vision.depth - num_full) * width,
-            full_pair=4.0 * passes * num_full * width,
-            window_patches=side * side,
+            text_pair=4.0 * _PASSES_TRAINED * text.num_hidden_layers * heads * head,
+            patch=2.0 * passes * tower.weights_a_patch,
+            window_pair=4.0 * passes * tower.num_windowed * tower.width,
+            full_pair=4.0 * passes * tower.num_full * tower.width,
+            window_patches=tower.window_patches,
         )
 
     def sequence(self, num_tokens: int, num_response_tokens: int) -> float:

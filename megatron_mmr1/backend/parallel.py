@@ -99,6 +99,11 @@ def cp_group() -> dist.ProcessGroup:
     return _one(parallel_state.get_context_parallel_group())
 
 
+def ep_group() -> dist.ProcessGroup:
+    """Return the expert-parallel process group."""
+    return _one(parallel_state.get_expert_model_parallel_group())
+
+
 def dp_cp_group() -> dist.ProcessGroup:
     """Return the group over which gradients are added: data- and context-parallel ranks."""
     return _one(parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -31,13 +31,13 @@ from transformers import AutoConfig
 from megatron_mmr1 import device
 from megatron_mmr1.backend import losses, parallel
 from megatron_mmr1.backend.layout import LocalView, local_view
-from megatron_mmr1.backend.model import Qwen25VL, transformer_config
+from megatron_mmr1.backend.model import PolicyStage, transformer_config
 from megatron_mmr1.backend.optimizer import build_optimizer
 from megatron_mmr1.backend.packing import StepCost
 from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_mmr1.convert import FAMILIES, AttentionShape
+from megatron_mmr1.convert import AttentionShape, family_of
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.types import PackedBatch, StepBatch
 
@@ -70,13 +70,10 @@ class MegatronPolicy:
         hf_config: Any = AutoConfig.from_pretrained(
             model.path, local_files_only=True, trust_remote_code=False
         )
-        if hf_config.model_type not in FAMILIES:
-            raise ValueError(
-                f"model.path={model.path!r} is a {hf_config.model_type!r} model; "
-                f"known families: {', '.join(sorted(FAMILIES))}"
-            )
-        text = hf_config.text_config
-        self.cost = StepCost.of(text, hf_config.vision_config, not model.freeze_vision)
+        family = family_of(hf_config)
+        text = hf_config.get_text_config()
+        vision = getattr(hf_config, "vision_config", None)
+        self.cost = StepCost.of(text, vision, not model.freeze_vision)
         self._recomputes = parallel_config.recompute == "full"
         is_interleaved = parallel_config.vpp_size > 1
         with device.seam():
@@ -87,14 +84,15 @@ class MegatronPolicy:
             finalize = weakref.WeakMethod(self._finalize_gradients)
             config.finalize_model_grads_func = lambda *args, **kwargs: finalize()(*args, **kwargs)
             stages = range(parallel_config.vpp_size) if is_interleaved else [None]
-            self.chunks = [Qwen25VL(hf_config, config, stage) for stage in stages]
+            self.chunks = [PolicyStage(hf_config, config, stage) for stage in stages]
             for chunk in self.chunks:
                 chunk.to(device.device())
             self._weights = NamedWeights(
                 self.chunks,
-                FAMILIES[hf_config.model_type],
+                family,
                 AttentionShape.of(text),
                 text.vocab_size,
+                getattr(text, "num_experts", None) or 0,
             )
             self._weights.load(HfWeights(model.path))
             self._tower: Any = getattr(self.chunks[0], "vision", None)

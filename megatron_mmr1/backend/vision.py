@@ -4,7 +4,7 @@ The responses of a prompt may fall into different micro-batches. All of them tak
 with a trained tower the gradients that they send back add up and go through the tower once, after
 the last micro-batch.
 
-M visual tokens of the step, D hidden.
+M visual tokens of the step, D hidden (times the places that take features: towers.encode).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_mmr1 import device
+from megatron_mmr1.backend.towers import encode
 from megatron_mmr1.types import PromptImages
 
 CHUNK_PATCHES = 16384
@@ -25,7 +26,7 @@ class StepFeatures:
     """Features of a step's images, and the way back for their gradients.
 
     Args:
-        tower: pixels and grid in, features out.
+        tower: see backend/towers.py.
         images: of each prompt, encoded in chunks of at most `CHUNK_PATCHES` (of one prompt at
             least).
         trains: keep what the backward pass needs.
@@ -76,16 +77,17 @@ class StepFeatures:
         pixels = torch.cat([images.pixel_values for images in chunk]).to(device.device())
         grid = torch.cat([images.image_grid_thw for images in chunk]).to(device.device())
         dtype = next(self._tower.parameters()).dtype
-        return self._tower(pixels.to(dtype), grid_thw=grid).pooler_output
+        return encode(self._tower, pixels.to(dtype), grid)
 
 
 def _chunks(images: Sequence[PromptImages], max_patches: int) -> list[list[PromptImages]]:
     chunks: list[list[PromptImages]] = []
     num_patches = 0
     for prompt in images:
-        if not chunks or num_patches + len(prompt.pixel_values) > max_patches:
+        more = int(prompt.image_grid_thw.prod(-1).sum())
+        if not chunks or num_patches + more > max_patches:
             chunks.append([])
             num_patches = 0
         chunks[-1].append(prompt)
-        num_patches += len(prompt.pixel_values)
+        num_patches += more
     return chunks

@@ -1,8 +1,9 @@
 """Weights between this rank's parts and whole Hugging Face tensors, at every parallel layout.
 
 Loading reads what this rank holds. Exporting moves byte-bounded buckets: from the pipeline stage
-that owns a parameter to the others, then over tensor-parallel ranks, so that every rank receives
-each byte of the model at most once. What there is to move is exchanged once and kept.
+that owns a parameter to the others, then over tensor-parallel ranks (experts: over expert-parallel
+ones), so that every rank receives each byte of the model at most once. What there is to move is
+exchanged once and kept.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,18 +19,29 @@ from torch import Tensor
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend import parallel
-from megatron_mmr1.convert import AttentionShape, Rule, megatron_to_hf, required_hf_names
+from megatron_mmr1.convert import (
+    AttentionShape,
+    Family,
+    Rule,
+    Spelling,
+    megatron_to_hf,
+    required_hf_names,
+)
 from megatron_mmr1.convert.hf_files import HfWeights
-from megatron_mmr1.convert.rules import gather, merge, shard, split
+from megatron_mmr1.convert.rules import EXPERT_KINDS, gather, merge, shard, split
 
 BUCKET_BYTES = 256 << 20
+# An expert's number in its parameters' names: local layers, and Transformer Engine's grouped ones.
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+")
+_Way = Literal["none", "tensor", "expert"]  # over which ranks a parameter is cut
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One parameter's part on each tensor-parallel rank.
+    """One parameter's part on each tensor-parallel rank, or an expert on each expert-parallel one.
 
     Attributes:
+        name: an expert's number is that of the first expert-parallel rank.
         stage: the pipeline rank that owns it.
     """
 
@@ -49,6 +61,7 @@ class NamedWeights:
     Args:
         chunks: in the order of their virtual pipeline stages.
         vocab_size: of the Hugging Face model, without padding.
+        num_experts: in a layer of the whole model.
 
     Attributes:
         num_bytes_received: by this rank, in its last complete export.
@@ -57,11 +70,14 @@ class NamedWeights:
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
-        rules: Sequence[Rule],
+        family: Family,
         shape: AttentionShape,
         vocab_size: int,
+        num_experts: int = 0,
     ) -> None:
-        self._rules, self._shape, self._vocab_size = rules, shape, vocab_size
+        self._family, self._rules = family, family.rules
+        self._shape, self._vocab_size = shape, vocab_size
+        self._num_local_experts = num_experts // parallel.ep_group().size()
         self._mine: dict[str, torch.nn.Parameter] = {}
         self._copies: dict[str, torch.nn.Parameter] = {}
         for chunk in chunks:
@@ -79,11 +95,13 @@ class NamedWeights:
         Raises:
             ValueError: a tensor is missing or of another shape.
         """
+        spelling = self._family.spelling_of(weights.names)
         for name, parameter in self._mine.items():
-            parameter.copy_(self._read(weights, name, parameter))
+            name = self._numbered(name, parallel.ep_group().rank())
+            parameter.copy_(self._read(weights, spelling, name, parameter))
         for parameter in self._copies.values():
             name = "language.embedding.word_embeddings.weight"
-            parameter.copy_(self._read(weights, name, parameter))
+            parameter.copy_(self._read(weights, spelling, name, parameter))
 
     def export(
         self, what: str = "weights", value: Callable[[Any], Tensor | None] = lambda p: p.detach()
@@ -95,20 +113,32 @@ class NamedWeights:
             value: what to export of a parameter, of its shape; None leaves it out.
 
         Parallelism: for each bucket one broadcast over the pipeline group and, unless its
-        parameters are whole on every rank, one all-gather over the tensor-parallel group.
+        parameters are whole on every rank, one all-gather over the tensor- or expert-parallel group.
         """
         values = {name: value(parameter) for name, parameter in self._mine.items()}
         pieces = self._exchange_pieces(what, values)
         self.num_bytes_received = 0
-        for bucket in _buckets(pieces, self._is_replicated, BUCKET_BYTES):
+        for bucket in _buckets(pieces, self._way, BUCKET_BYTES):
             shards = self._move(bucket, values)
             for piece, parts in zip(bucket, shards, strict=True):
-                rule, _ = required_hf_names(self._rules, piece.name)
-                whole = gather(rule.kind, parts, self._vocab_size)
-                yield from megatron_to_hf(self._rules, [(piece.name, whole)], self._shape)
+                for name, whole in self._whole(piece.name, parts):
+                    yield from megatron_to_hf(self._rules, [(name, whole)], self._shape)
 
-    def _read(self, weights: HfWeights, name: str, parameter: Tensor) -> Tensor:
-        rule, hf_names = required_hf_names(self._rules, name)
+    def _whole(self, name: str, parts: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """Join tensor-parallel parts; expert-parallel ranks hold an expert each."""
+        rule, _ = required_hf_names(self._rules, name)
+        if rule.kind in EXPERT_KINDS:
+            return [(self._numbered(name, rank), part) for rank, part in enumerate(parts)]
+        return [(name, gather(rule.kind, parts, self._vocab_size))]
+
+    def _numbered(self, name: str, ep_rank: int) -> str:
+        """Number an expert's parameter by its place among all experts."""
+        first = ep_rank * self._num_local_experts
+        return _EXPERT.sub(lambda match: str(int(match.group()) + first), name)
+
+    def _read(self, weights: HfWeights, spelling: Spelling, name: str, parameter: Tensor) -> Tensor:
+        rule, names = required_hf_names(self._rules, name)
+        hf_names = [spelling.in_files(n) for n in names]
         tensors = [weights[n] for n in hf_names]
         size, rank = parallel.tp_group().size(), parallel.tp_group().rank()
         expected = self._whole_shapes(rule, parameter, size)
@@ -125,8 +155,11 @@ class NamedWeights:
         whole = gather(rule.kind, parts, self._vocab_size)
         return [part.shape for part in split(rule.kind, whole, self._shape)]
 
-    def _is_replicated(self, name: str) -> bool:
-        return required_hf_names(self._rules, name)[0].kind == "replicated"
+    def _way(self, name: str) -> _Way:
+        kind = required_hf_names(self._rules, name)[0].kind
+        if kind in EXPERT_KINDS:
+            return "expert"
+        return "none" if kind == "replicated" else "tensor"
 
     def _exchange_pieces(self, what: str, values: dict[str, Tensor | None]) -> list[_Piece]:
         """Learn once what every stage has to give; it stays the same for the whole run."""
@@ -145,12 +178,13 @@ class NamedWeights:
     def _move(
         self, bucket: Sequence[_Piece], values: dict[str, Tensor | None]
     ) -> list[list[Tensor]]:
-        """Return the tensor-parallel parts of each of the bucket's parameters."""
+        """Return the parts of each of the bucket's parameters, in the order of the ranks."""
         pp_group = parallel.pp_group()
-        tp_group = parallel.tp_group()
+        way = self._way(bucket[0].name)
+        group = parallel.ep_group() if way == "expert" else parallel.tp_group()
         is_mine = bucket[0].stage == pp_group.rank()
-        is_replicated = self._is_replicated(bucket[0].name) or tp_group.size() == 1
-        if is_mine and is_replicated and pp_group.size() == 1:
+        is_whole = way == "none" or group.size() == 1
+        if is_mine and is_whole and pp_group.size() == 1:
             return [[_held(values, piece)] for piece in bucket]
         sizes = [torch.Size(piece.shape).numel() for piece in bucket]
         flat = torch.empty(sum(sizes), dtype=bucket[0].dtype, device=device.device())
@@ -161,11 +195,11 @@ class NamedWeights:
             dist.broadcast(flat, src=source, group=pp_group)
             self.num_bytes_received += 0 if is_mine else flat.nbytes
         gathered = [flat]
-        if not is_replicated:
-            both = flat.new_empty(tp_group.size() * len(flat))
-            dist.all_gather_into_tensor(both, flat, group=tp_group)
+        if not is_whole:
+            both = flat.new_empty(group.size() * len(flat))
+            dist.all_gather_into_tensor(both, flat, group=group)
             self.num_bytes_received += both.nbytes - flat.nbytes
-            gathered = list(both.chunk(tp_group.size()))
+            gathered = list(both.chunk(group.size()))
         parts = [part.split(sizes) for part in gathered]
         return [
             [part[index].view(piece.shape) for part in parts] for index, piece in enumerate(bucket)
@@ -195,12 +229,12 @@ def _global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parame
 
 
 def _buckets(
-    pieces: Sequence[_Piece], is_replicated: Callable[[str], bool], max_bytes: int
+    pieces: Sequence[_Piece], way: Callable[[str], _Way], max_bytes: int
 ) -> Iterator[list[_Piece]]:
-    """Cut the pieces, in order, into buckets of one stage, one dtype and one kind of sharding."""
-    runs: dict[tuple[int, torch.dtype, bool], list[_Piece]] = {}
+    """Cut the pieces, in order, into buckets of one stage, one dtype and one way of sharding."""
+    runs: dict[tuple[int, torch.dtype, _Way], list[_Piece]] = {}
     for piece in pieces:
-        key = (piece.stage, piece.dtype, is_replicated(piece.name))
+        key = (piece.stage, piece.dtype, way(piece.name))
         runs.setdefault(key, []).append(piece)
     for run in runs.values():
         bucket: list[_Piece] = []

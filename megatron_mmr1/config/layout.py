@@ -18,7 +18,11 @@ _FP8_TOKENS = 16  # of a side of a matrix in FP8 products, in elements
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What of a model a layout must divide."""
+    """What of a model a layout must divide.
+
+    Attributes:
+        num_deepstack_layers: how many of the first layers take image features of their own.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -26,6 +30,7 @@ class ModelSizes:
     intermediate_size: int
     num_vision_heads: int
     num_experts: int
+    num_deepstack_layers: int = 0
 
     @classmethod
     def of(cls, folder: str | Path, key: str = "model.path") -> ModelSizes:
@@ -49,13 +54,15 @@ class ModelSizes:
                     f"{key}={str(folder)!r}: config.json has no {name}; copy it from the model"
                 )
         heads, layers, intermediate = (text[name] for name in names)
+        vision = config.get("vision_config") or {}
         return cls(
             heads,
             text.get("num_key_value_heads") or heads,
             layers,
             intermediate,
-            (config.get("vision_config") or {}).get("num_heads") or heads,
+            vision.get("num_heads") or vision.get("num_attention_heads") or heads,
             text.get("num_experts") or 0,
+            len(vision.get("deepstack_visual_indexes") or ()),
         )
 
 
@@ -97,11 +104,7 @@ def check_layout(parallel: ParallelConfig, sizes: ModelSizes, world_size: int) -
         )
     _check_tensor_parallel(parallel, sizes)
     _check_pipeline(parallel, sizes.num_layers)
-    if parallel.ep_size > 1 and sizes.num_experts == 0:
-        raise ValueError(
-            f"parallel.ep_size={parallel.ep_size} shares out experts, and this model has none; "
-            "use 1"
-        )
+    _check_deepstack(parallel, sizes)
     replica = replica_size(parallel)
     if world_size % replica:
         raise ValueError(
@@ -110,6 +113,7 @@ def check_layout(parallel: ParallelConfig, sizes: ModelSizes, world_size: int) -
             f"{world_size} are running; start a multiple of {replica} with "
             f"`torchrun --nproc-per-node {replica}`, or lower a size"
         )
+    _check_experts(parallel, sizes, world_size)
 
 
 def check_fp8(parallel: ParallelConfig, sizes: ModelSizes, fp8: str) -> None:
@@ -180,6 +184,41 @@ def _fits_tensor_parallel(tp_size: int, sizes: ModelSizes) -> bool:
         and sizes.intermediate_size % tp_size == 0
         and (kv_heads % tp_size == 0 or tp_size % kv_heads == 0)
     )
+
+
+def _check_experts(parallel: ParallelConfig, sizes: ModelSizes, world_size: int) -> None:
+    ep_size, experts = parallel.ep_size, sizes.num_experts
+    if experts == 0:
+        if ep_size > 1:
+            raise ValueError(
+                f"parallel.ep_size={ep_size} shares out experts, and this model has none; use 1"
+            )
+        return
+    if parallel.tp_size > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.tp_size={parallel.tp_size} with sequence_parallel=False: tensor-parallel "
+            "ranks would send the same tokens to the experts; use sequence_parallel=true"
+        )
+    ranks = world_size // parallel.pp_size
+    fitting = [n for n in range(1, experts + 1) if experts % n == 0 and ranks % n == 0]
+    if ep_size not in fitting:
+        raise ValueError(
+            f"parallel.ep_size={ep_size} does not divide num_experts={experts} and the {ranks} "
+            f"processes of a pipeline stage; use {_listed(fitting)}"
+        )
+
+
+def _check_deepstack(parallel: ParallelConfig, sizes: ModelSizes) -> None:
+    chunks = parallel.pp_size * parallel.vpp_size
+    first = parallel.first_stage_layers
+    held = sizes.num_layers // chunks if first is None else first // parallel.vpp_size
+    if chunks > 1 and held < sizes.num_deepstack_layers:
+        raise ValueError(
+            f"parallel.pp_size={parallel.pp_size} with vpp_size={parallel.vpp_size}: the first "
+            f"stage holds {held} layers, and the first {sizes.num_deepstack_layers} take image "
+            "features, which are there only; lower pp_size or vpp_size, or set "
+            f"parallel.first_stage_layers={sizes.num_deepstack_layers * parallel.vpp_size} or more"
+        )
 
 
 def _check_pipeline(parallel: ParallelConfig, num_layers: int) -> None:

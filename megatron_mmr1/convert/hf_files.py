@@ -41,6 +41,11 @@ class HfWeights:
         with safe_open(self.folder / _SINGLE, "pt") as file:
             return dict.fromkeys(file.keys(), self.folder / _SINGLE)
 
+    @property
+    def names(self) -> Iterable[str]:
+        """Return the names of all tensors."""
+        return self._file_of.keys()
+
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._file_of:
             raise ValueError(f"{self.folder} has no tensor {name!r}: it is not a complete model")

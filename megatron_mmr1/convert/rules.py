@@ -19,7 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["replicated", "row", "vocab", "qkv", "gated"]
+Kind = Literal["replicated", "row", "vocab", "qkv", "gated", "expert", "expert_gated"]
+
+
+EXPERT_KINDS = ("expert", "expert_gated")
+_WHOLE = ("replicated", *EXPERT_KINDS)  # not cut by tensor parallelism
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +47,15 @@ class Rule:
     """One Megatron parameter pattern and the Hugging Face names that it is made of.
 
     Attributes:
-        megatron: name with `*` for a layer number (one at most) or, at the end, `**` for any
-            suffix.
+        megatron: name with `*` for the number of a layer, then of an expert, or, at the end, `**`
+            for any suffix.
         kind: the layout. replicated, row and vocab hold one tensor as it is and say which dim
             tensor parallelism cuts (none, 1, 0; vocab is first padded to equal parts); qkv
             interleaves q, k and v by key/value head and is then cut in dim 0, so that there may be
-            more parts than key/value heads; gated stacks gate over up, each cut in dim 0.
-        hf: names in the order that the kind expects, with the same `*` or `**`.
+            more parts than key/value heads; gated stacks gate over up, each cut in dim 0. expert
+            and expert_gated are one expert's, whole on the rank that holds it: tensor parallelism
+            does not cut them.
+        hf: names in the order that the kind expects, with the same `*` or `**` in the same order.
     """
 
     megatron: str
@@ -66,8 +72,7 @@ def required_hf_names(rules: Sequence[Rule], megatron_name: str) -> tuple[Rule, 
     for rule in rules:
         match = re.fullmatch(_as_regex(rule.megatron), megatron_name)
         if match:
-            wildcard = match.group(1) if match.groups() else ""
-            return rule, tuple(wildcard.join(re.split(r"\*+", name)) for name in rule.hf)
+            return rule, tuple(_filled(name, match.groups()) for name in rule.hf)
     raise ValueError(
         f"no conversion rule for the Megatron parameter {megatron_name!r}; "
         "add one to the family's table"
@@ -100,7 +105,7 @@ def shard(kind: Kind, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
 
     A vocabulary that does not divide is padded with zero rows at its end.
     """
-    if kind == "replicated" or tp_size == 1:
+    if kind in _WHOLE or tp_size == 1:
         return tensor
     if kind == "row":
         return tensor.chunk(tp_size, dim=1)[tp_rank]
@@ -114,7 +119,7 @@ def shard(kind: Kind, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
 
 def gather(kind: Kind, shards: Sequence[Tensor], vocab_size: int) -> Tensor:
     """Make the whole Megatron tensor of all ranks' parts; the inverse of `shard`."""
-    if kind == "replicated" or len(shards) == 1:
+    if kind in _WHOLE or len(shards) == 1:
         return shards[0]
     if kind == "row":
         return torch.cat(list(shards), dim=1)
@@ -149,11 +154,18 @@ def _split_gated(tensor: Tensor, shape: AttentionShape) -> tuple[Tensor, ...]:
 _MERGE: dict[Kind, Callable[[Sequence[Tensor], AttentionShape], Tensor]] = {
     "qkv": _merge_qkv,
     "gated": _merge_gated,
+    "expert_gated": _merge_gated,
 }
 _SPLIT: dict[Kind, Callable[[Tensor, AttentionShape], tuple[Tensor, ...]]] = {
     "qkv": _split_qkv,
     "gated": _split_gated,
+    "expert_gated": _split_gated,
 }
+
+
+def _filled(pattern: str, wildcards: Sequence[str]) -> str:
+    parts = re.split(r"\*+", pattern)
+    return "".join(map("".join, zip(parts, (*wildcards, ""), strict=True)))
 
 
 def _as_regex(pattern: str) -> str:

@@ -9,12 +9,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.plan import Packing
+from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
-from megatron_mmr1.convert import AttentionShape
+from megatron_mmr1.convert import AttentionShape, Family, family_of
+from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.parity import controls, ours
 from megatron_mmr1.parity.cases import make_samples
@@ -52,8 +55,11 @@ def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
     processor = PromptProcessor(folder)
     model = ModelConfig(folder, cell["dtype"], freeze_vision=cell["freeze_vision"])
     policy = ours.build_policy(model, layout)
-    text: Any = AutoConfig.from_pretrained(folder, local_files_only=True).text_config
-    controls.change_weights(control, policy, AttentionShape.of(text))
+    hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family = family_of(hf_config)
+    is_bit_for_bit = _exports_its_file(policy, folder)
+    shape = AttentionShape.of(hf_config.get_text_config())
+    controls.change_policy(control, policy, family, shape)
     lines = []
     for kind in cell["kinds"]:
         exact = Outcome.load(file_for(references, folder, kind, "float32"))
@@ -66,15 +72,15 @@ def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
                 (exact.old, exact.ref),
                 lambda step: controls.change_step(control, step),
             )
-        line: dict[str, Any] = {"kind": kind}
+        line: dict[str, Any] = {"kind": kind, "is_bit_for_bit": is_bit_for_bit}
         if cell["dtype"] == "float32":
-            expected = _trained_only(exact, found)
+            expected = _trained_only(exact, found, family)
             line["hugging_face"] = asdict(difference(found, expected))
             alone = file_for(references, folder, kind, "one process")
             if cell["keep"] and parallel.is_main():
                 found.save(alone)
             elif not cell["keep"] and alone.exists():
-                one = _trained_only(Outcome.load(alone), found)
+                one = _trained_only(Outcome.load(alone), found, family)
                 line["one_process"] = asdict(difference(found, one))
         else:
             theirs = Outcome.load(file_for(references, folder, kind, cell["dtype"]))
@@ -84,10 +90,24 @@ def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _trained_only(theirs: Outcome, found: Outcome) -> Outcome:
+def _exports_its_file(policy: MegatronPolicy, folder: str) -> bool:
+    """Hugging Face -> Megatron -> Hugging Face: every tensor of the files once, bit for bit.
+
+    A policy in another dtype than its files rounds them once, as Hugging Face does.
+    """
+    weights = HfWeights(folder)
+    names = []
+    for name, tensor in policy.named_tensors():
+        names.append(name)
+        if not torch.equal(tensor.cpu(), weights[name].to(tensor.dtype)):
+            return False
+    return sorted(names) == sorted(weights.names)
+
+
+def _trained_only(theirs: Outcome, found: Outcome, family: Family) -> Outcome:
     """Leave out the gradients of a frozen vision tower, and of nothing else."""
     absent = theirs.gradients.keys() - found.gradients.keys()
-    if all(name.startswith("visual.") for name in absent):
+    if all(name.startswith(family.vision_prefixes) for name in absent):
         kept = {name: g for name, g in theirs.gradients.items() if name not in absent}
         return replace(theirs, gradients=kept)
     return theirs

@@ -13,8 +13,9 @@ from unittest.mock import patch
 import torch
 
 from megatron_mmr1.backend import layout, parallel, policy
+from megatron_mmr1.backend.model import AddFeatures
 from megatron_mmr1.backend.vision import StepFeatures
-from megatron_mmr1.convert import FAMILIES, AttentionShape, megatron_to_hf
+from megatron_mmr1.convert import AttentionShape, Family, megatron_to_hf
 from megatron_mmr1.types import PackedBatch, StepBatch
 
 
@@ -35,22 +36,46 @@ def change_step(name: str, step: StepBatch) -> StepBatch:
     return step
 
 
-def change_weights(name: str, trained: policy.MegatronPolicy, shape: AttentionShape) -> None:
-    """Make the mistake that lies in the weights: all queries, then keys, then values."""
-    if name != "wrong QKV order":
-        return
+def change_policy(
+    name: str, trained: policy.MegatronPolicy, family: Family, shape: AttentionShape
+) -> None:
+    """Make the mistakes that lie in the weights, and in what is made once with them."""
+    if name == "rotary axes in sections":
+        for chunk in trained.chunks:
+            axes = chunk.language.rotary_pos_emb.axis_E2
+            axes.copy_(axes.sort().values)
+    if name == "another expert's weights":
+        _swap_experts(trained)
+    if name == "wrong QKV order":
+        _order_by_kind(trained, family, shape)
+
+
+@torch.no_grad()
+def _swap_experts(trained: policy.MegatronPolicy) -> None:
+    """Number experts within a rank as if they were those of another."""
+    named = dict(trained.chunks[0].named_parameters())
+    first = [n for n in named if ".local_experts.0." in n]
+    for name in first:
+        one, other = named[name], named[name.replace(".local_experts.0.", ".local_experts.1.")]
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
+
+
+def _order_by_kind(trained: policy.MegatronPolicy, family: Family, shape: AttentionShape) -> None:
+    """All queries, then keys, then values."""
     for chunk in trained.chunks:
         for parameter_name, parameter in chunk.named_parameters():
             if "linear_qkv" in parameter_name:
                 whole = [(parameter_name, parameter.detach().clone())]
-                parts = megatron_to_hf(FAMILIES["qwen2_5_vl"], whole, shape)
+                parts = megatron_to_hf(family.rules, whole, shape)
                 with torch.no_grad():
                     parameter.copy_(torch.cat([tensor for _, tensor in parts]))
 
 
 @contextmanager
 def change_code(name: str) -> Iterator[None]:
-    """Make the mistakes that lie in the code: rotary positions, and the tower's gradient."""
+    """Make the mistakes that lie in the code: positions, and what goes to and from the tower."""
     if name == "unsliced rotary under CP":
         right = layout.local_view
 
@@ -69,6 +94,9 @@ def change_code(name: str) -> Iterator[None]:
 
         send_back = StepFeatures.backward
         with patch.object(StepFeatures, "backward", backward):
+            yield
+    elif name == "no features after the first layers":
+        with patch.object(AddFeatures, "__call__", lambda self, layer, args, kwargs, out: out):
             yield
     else:
         yield

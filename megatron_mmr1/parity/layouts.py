@@ -24,6 +24,7 @@ class Layout:
 
     Attributes:
         kinds: which batches (BATCH_KINDS); all of them when empty.
+        model: the tiny model (parity/models.py).
         is_tied: with the model whose output layer is its embedding.
         in_ci: part of `make parity-ci`.
         is_own_model: a user's model, with weights that we know nothing of (see bounds.APART).
@@ -35,6 +36,7 @@ class Layout:
     max_tokens: int = PACKED
     kinds: tuple[str, ...] = ()
     dtype: str = "float32"
+    model: str = "qwen2_5_vl"
     is_tied: bool = False
     freeze_vision: bool = False
     in_ci: bool = True
@@ -107,6 +109,71 @@ LAYOUTS: tuple[Layout, ...] = (
 )  # fmt: skip
 
 
+_TEXT = ("text",)
+# The other families: kinds of batches, and layouts beyond the four that each has.
+_OTHERS: dict[str, tuple[tuple[str, ...], dict[str, ParallelConfig]]] = {
+    "qwen2_vl": (_MIXED, {}),
+    "qwen3_vl": (
+        (*_TEXT, *_MIXED),
+        {
+            "TP2 + SP, full recompute": _p(**_SP, recompute="full"),
+            "CP2": _p(cp_size=2),
+            "TP4 (2 KV heads)": _p(tp_size=4),
+        },
+    ),
+    "internvl_qwen2": (_MIXED, {"TP2 x CP2 + SP": _p(**_SP, cp_size=2)}),
+    "internvl_llama": (_MIXED, {}),
+    "qwen2": (_TEXT, {}),
+    "qwen3": (_TEXT, {"TP4 (2 KV heads)": _p(tp_size=4)}),
+    "qwen3_moe": (
+        _TEXT,
+        {
+            "EP2": _p(ep_size=2),
+            "EP2 x PP2": _p(ep_size=2, pp_size=2),
+            "EP2 x TP2 + SP": _p(**_SP, ep_size=2),
+        },
+    ),
+    "llama": (_TEXT, {}),
+    "llama_sentencepiece": (_TEXT, {}),
+    "mistral_sentencepiece": (_TEXT, {}),
+}
+
+
+def _other_families() -> tuple[Layout, ...]:
+    """Each at one process, TP2, PP2 and TP2 x PP2, and at what its parts may get wrong.
+
+    Tensor parallelism of experts needs sequence parallelism.
+    """
+    found = []
+    for model, (kinds, more) in _OTHERS.items():
+        tp = _SP if model == "qwen3_moe" else {"tp_size": 2}
+        name = "TP2 + SP" if model == "qwen3_moe" else "TP2"
+        layouts = {
+            "one process": _p(),
+            name: _p(**tp),
+            "PP2": _p(pp_size=2),
+            f"{name} x PP2": _p(**tp, pp_size=2),
+            **more,
+        }
+        for layout_name, parallel in layouts.items():
+            dp_size = 2 if parallel.ep_size > 1 and not parallel.sequence_parallel else 1
+            in_ci = layout_name in ("one process", f"{name} x PP2") or layout_name in more
+            found.append(
+                Layout(
+                    f"{model}: {layout_name}",
+                    parallel,
+                    dp_size,
+                    kinds=kinds,
+                    model=model,
+                    in_ci=in_ci,
+                )
+            )
+    return tuple(found)
+
+
+LAYOUTS += _other_families()
+
+
 @dataclass(frozen=True, slots=True)
 class Control:
     """A deliberately wrong variant that the comparison must catch (see controls.py)."""
@@ -125,4 +192,16 @@ CONTROLS: tuple[Control, ...] = (
     ),
     Control("a dropped vision bucket", Layout("DP2", _p(), dp_size=2, kinds=_MIXED)),
     Control("a per-rank loss denominator", Layout("DP2", _p(), dp_size=2, kinds=_MIXED)),
+    Control(
+        "rotary axes in sections",
+        Layout("qwen3_vl: one process", _p(), kinds=_MIXED, model="qwen3_vl"),
+    ),
+    Control(
+        "no features after the first layers",
+        Layout("qwen3_vl: one process", _p(), kinds=_MIXED, model="qwen3_vl"),
+    ),
+    Control(
+        "another expert's weights",
+        Layout("qwen3_moe: EP2", _p(ep_size=2), 2, kinds=_TEXT, model="qwen3_moe"),
+    ),
 )

@@ -39,12 +39,14 @@ class Compared:
     """One kind of batch at one layout, as the worker reported it.
 
     Attributes:
+        is_bit_for_bit: the weights, exported again, are the model's files.
         hugging_face, one_process: `outcome.Difference` as a dict; None where it was not measured.
         error, hugging_face_error: mean log-prob errors in another dtype than float32.
     """
 
     cell: Cell
     kind: str
+    is_bit_for_bit: bool
     hugging_face: dict[str, Any] | None = None
     one_process: dict[str, Any] | None = None
     error: float | None = None
@@ -52,15 +54,11 @@ class Compared:
 
 
 def cells_of(
-    layouts: Sequence[Layout], controls: Sequence[Control], folder: str, tied_folder: str | None
+    layouts: Sequence[Layout], controls: Sequence[Control], folder_of: Callable[[Layout], str]
 ) -> list[Cell]:
-    """Give each layout its model."""
-    cells = []
-    for layout in layouts:
-        chosen = tied_folder if layout.is_tied else folder
-        assert chosen is not None
-        cells.append(Cell(layout, chosen))
-    return cells + [Cell(c.layout, folder, c.name) for c in controls]
+    """Give each layout its model's folder."""
+    cells = [Cell(layout, folder_of(layout)) for layout in layouts]
+    return cells + [Cell(c.layout, folder_of(c.layout), c.name) for c in controls]
 
 
 def run_matrix(

@@ -18,6 +18,7 @@ from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.parity.cases import make_samples
 from megatron_mmr1.parity.outcome import Outcome
+from megatron_mmr1.types import Prompt
 
 TEMPERATURE = 0.7
 ALGORITHM = AlgorithmConfig(kl_coefficient=0.1)
@@ -29,9 +30,12 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     Its embedding drops the gradient of the padding token, which a response may well hold
     (`<|endoftext|>`): the mark is taken off.
     """
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    has_images = getattr(config, "vision_config", None) is not None
+    auto: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+    model: Any = auto.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", local_files_only=True
     )
     model.get_input_embeddings().padding_idx = None
@@ -70,11 +74,30 @@ def hf_outcome(
             terms.append(-gain + ALGORITHM.kl_coefficient * kl)
     loss = torch.cat(terms).mean()
     loss.backward()
+    return Outcome([x.detach() for x in now], loss.detach(), hf_gradients(model), old, ref)
+
+
+def _image_arguments(model: Any, prompt: Prompt, token_ids: Tensor) -> dict[str, Tensor]:
+    """What the family's model takes beside tokens; Qwen's finds positions by them without images."""
+    arguments = {}
+    if model.config.model_type.endswith("_vl"):
+        arguments["mm_token_type_ids"] = (token_ids == model.config.image_token_id).int()
+    if prompt.pixel_values is not None and prompt.image_grid_thw is not None:
+        arguments["pixel_values"] = prompt.pixel_values.to(model.dtype)
+        if model.config.model_type.endswith("_vl"):
+            arguments["image_grid_thw"] = prompt.image_grid_thw
+    return arguments
+
+
+def hf_gradients(model: Any) -> dict[str, Tensor]:
+    """Gradients by the names of the model's files, into which transformers itself turns them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     gradients = {
-        file_name_of(name): torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
     }
-    return Outcome([x.detach() for x in now], loss.detach(), gradients, old, ref)
+    return revert_weight_conversion(model, gradients)
 
 
 def hf_logprobs(
@@ -83,26 +106,16 @@ def hf_logprobs(
     """Log-probs [R] of one sequence's response, fp32."""
     prompt = sample.prompt
     token_ids = torch.cat([prompt.token_ids, sample.response_token_ids])[None]
-    pixels = prompt.pixel_values
     logits_SV = model(
         input_ids=token_ids,
         attention_mask=torch.ones_like(token_ids),
-        pixel_values=None if pixels is None else pixels.to(model.dtype),
-        image_grid_thw=prompt.image_grid_thw,
-        mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
+        **_image_arguments(model, prompt, token_ids),
     ).logits[0]
     logits_RV = logits_SV[len(prompt.token_ids) - 1 : -1].float() / temperature
     is_banned_V = torch.zeros(logits_RV.shape[-1], dtype=torch.bool)
     is_banned_V[list(banned_token_ids)] = True
     all_logprobs_RV = logits_RV.masked_fill(is_banned_V, -torch.inf).log_softmax(-1)
     return all_logprobs_RV.gather(-1, sample.response_token_ids[:, None])[:, 0]
-
-
-def file_name_of(hf_parameter: str) -> str:
-    """A parameter of the Hugging Face module under its name in the safetensors file."""
-    return hf_parameter.replace("model.language_model.", "model.").replace(
-        "model.visual.", "visual."
-    )
 
 
 def file_for(references: Path, folder: str | Path, kind: str, what: str) -> Path:

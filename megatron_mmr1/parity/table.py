@@ -40,6 +40,8 @@ def is_good(compared: Compared) -> bool:
     """Whether a comparison came out as it must: within bounds, or, a control, outside them."""
     if compared.cell.control:
         return not _within(compared.hugging_face)
+    if not compared.is_bit_for_bit:
+        return False
     if compared.error is not None:
         assert compared.hugging_face_error is not None
         return 0 < compared.error <= BFLOAT16_BOUND * compared.hugging_face_error
@@ -118,6 +120,8 @@ def _exact_table(results: Sequence[Compared]) -> Table:
             for key in ("logprob", "loss", "gradient")
             if compared
         }
+        exported = all(r.is_bit_for_bit for r in mine)
+        row.append(Entry("bit for bit" if exported else "DIFFERENT", exported))
         room = _room(mine[0].cell.layout)
         row.append(_difference(worst, room) if worst else Entry(""))
         rows.append(row)
@@ -127,9 +131,10 @@ def _exact_table(results: Sequence[Compared]) -> Table:
         "its norm (the worst of all tensors), against Hugging Face on the same sequences, "
         "unpacked. "
         f"Bounds: {LOGPROB_BOUND:g} and {GRADIENT_BOUND:g}; the loss differs by at most "
-        f"{LOSS_BOUND:g}. The last column is the worst of the row against ours in one "
+        f"{LOSS_BOUND:g}. Weights: Hugging Face -> Megatron -> Hugging Face, every tensor of the files "
+        "once. The last column is the worst of the row against ours in one "
         "process (of a model of your own: twice the bounds).",
-        ["layout", "processes", *kinds, "against one process"],
+        ["layout", "processes", *kinds, "weights", "against one process"],
         rows,
     )
 

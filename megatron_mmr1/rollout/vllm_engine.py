@@ -68,8 +68,14 @@ class VllmEngine:
         hf_config = AutoConfig.from_pretrained(
             model, local_files_only=True, trust_remote_code=False
         )
-        self._image_token_id: int = hf_config.image_token_id
-        self._mm_fields = _create_qwen2vl_field_factory(hf_config.vision_config.spatial_merge_size)
+        vision = getattr(hf_config, "vision_config", None)
+        if vision is not None and not hasattr(vision, "spatial_merge_size"):
+            raise ValueError(
+                f"model.path={model!r}: rollouts of {hf_config.model_type!r} with images are not "
+                "supported; use a Qwen-VL or a text model"
+            )
+        self._image_token_id: int = getattr(hf_config, "image_token_id", -1)
+        self._mm_fields = _create_qwen2vl_field_factory(getattr(vision, "spatial_merge_size", 1))
         max_model_len = max_prompt_tokens + config.max_response_tokens
         on_gpu = torch.cuda.is_available()
         with _process_left_as_found():
