@@ -1,4 +1,4 @@
-"""Sizes that model hubs publish: what differs from transformers' defaults, and the parameter counts.
+"""Published models' sizes: what differs from transformers' defaults, and the parameter counts.
 
 The counts are those of the models' pages; nothing is downloaded.
 """

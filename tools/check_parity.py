@@ -116,7 +116,8 @@ def _write(results: list[Compared], folder: Path, is_ci: bool) -> None:
     command = f"`make {name}`"
     words = (
         f"Written by {command}: real Megatron-Core over gloo, on a CPU, tiny random models (4 layers, "
-        f"4 heads, 2 key/value heads), a Qwen2.5-VL unless the row names another. {summary(results)}."
+        "4 heads, 2 key/value heads), a Qwen2.5-VL unless the row names another. "
+        f"{summary(results)}."
     )
     page = folder / f"{name}.html"
     page.write_text(as_html(made, _HEADING, words.replace("`", "")), encoding="utf-8")

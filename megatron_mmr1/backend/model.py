@@ -283,7 +283,7 @@ class PolicyStage(MegatronModule):
 class AddFeatures:
     """After a layer: add its own image features to the hidden states of the image tokens.
 
-    A hook with everything in the layer's arguments: full recomputation calls the layer again, when
+    A forward hook with everything in the layer's arguments: full recomputation calls the layer again, when
     other micro-batches have gone through it since.
 
     Args:
@@ -295,6 +295,7 @@ class AddFeatures:
         self._hidden, self._place = config.hidden_size, place
 
     def __call__(self, layer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the layer's output, features added."""
         visual = kwargs["packed_seq_params"].visual
         if visual is None:
             return output

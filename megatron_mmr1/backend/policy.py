@@ -78,8 +78,8 @@ class MegatronPolicy:
         is_interleaved = parallel_config.vpp_size > 1
         with device.seam():
             config = transformer_config(hf_config, model, parallel_config)
-            # Autograd hooks that the garbage collector can't see keep the config. It holds the policy
-            # weakly, or each policy (and its process groups' threads) would live as long as the
+            # Autograd hooks that the garbage collector can't see keep the config. It must hold the
+            # policy weakly: else each policy, and its process groups' threads, lives as long as the
             # process.
             finalize = weakref.WeakMethod(self._finalize_gradients)
             config.finalize_model_grads_func = lambda *args, **kwargs: finalize()(*args, **kwargs)

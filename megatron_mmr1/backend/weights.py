@@ -113,7 +113,7 @@ class NamedWeights:
             value: what to export of a parameter, of its shape; None leaves it out.
 
         Parallelism: for each bucket one broadcast over the pipeline group and, unless its
-        parameters are whole on every rank, one all-gather over the tensor- or expert-parallel group.
+        parameters are whole on every rank, one all-gather over tensor- or expert-parallel ranks.
         """
         values = {name: value(parameter) for name, parameter in self._mine.items()}
         pieces = self._exchange_pieces(what, values)

@@ -74,7 +74,7 @@ def _mlp_rules(layer: str, norm: str) -> tuple[Rule, ...]:
 
 
 def _expert_rules(layer: str) -> tuple[Rule, ...]:
-    """Experts by their names in Megatron's local layers, and in Transformer Engine's grouped ones."""
+    """Experts by their names in Megatron's local layers, and in Transformer Engine's."""
     gate_and_up = (layer + "mlp.experts.*.gate_proj.weight", layer + "mlp.experts.*.up_proj.weight")
     down = (layer + "mlp.experts.*.down_proj.weight",)
     local = _LAYER + "mlp.experts.local_experts.*."

@@ -1,4 +1,4 @@
-"""InternVL in transformers' own format, on Qwen2 or on Llama (InternLM2 and 2.5 are converted to it)."""
+"""InternVL in transformers' own format, on Qwen2 or on Llama (to which InternLM2 is converted)."""
 
 from megatron_mmr1.convert.decoder import decoder_rules
 from megatron_mmr1.convert.family import Family, Spelling

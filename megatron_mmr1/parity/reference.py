@@ -78,7 +78,7 @@ def hf_outcome(
 
 
 def _image_arguments(model: Any, prompt: Prompt, token_ids: Tensor) -> dict[str, Tensor]:
-    """What the family's model takes beside tokens; Qwen's finds positions by them without images."""
+    """What the family's model takes beside tokens; Qwen's needs a part of it without images too."""
     arguments = {}
     if model.config.model_type.endswith("_vl"):
         arguments["mm_token_type_ids"] = (token_ids == model.config.image_token_id).int()

@@ -131,8 +131,8 @@ def _exact_table(results: Sequence[Compared]) -> Table:
         "its norm (the worst of all tensors), against Hugging Face on the same sequences, "
         "unpacked. "
         f"Bounds: {LOGPROB_BOUND:g} and {GRADIENT_BOUND:g}; the loss differs by at most "
-        f"{LOSS_BOUND:g}. Weights: Hugging Face -> Megatron -> Hugging Face, every tensor of the files "
-        "once. The last column is the worst of the row against ours in one "
+        f"{LOSS_BOUND:g}. Weights: Hugging Face -> Megatron -> Hugging Face, every tensor of the "
+        "files once. The last column is the worst of the row against ours in one "
         "process (of a model of your own: twice the bounds).",
         ["layout", "processes", *kinds, "weights", "against one process"],
         rows,
