@@ -115,8 +115,8 @@ def _write(results: list[Compared], folder: Path, is_ci: bool) -> None:
     made, name = tables(results), "parity-ci" if is_ci else "parity"
     command = f"`make {name}`"
     words = (
-        f"Written by {command}: real Megatron-Core over gloo, on a CPU, tiny random models (4 layers, "
-        "4 heads, 2 key/value heads), a Qwen2.5-VL unless the row names another. "
+        f"Written by {command}: real Megatron-Core over gloo, on a CPU, tiny random models "
+        "(4 layers, 4 heads, 2 key/value heads), a Qwen2.5-VL unless the row names another. "
         f"{summary(results)}."
     )
     page = folder / f"{name}.html"

@@ -283,8 +283,8 @@ class PolicyStage(MegatronModule):
 class AddFeatures:
     """After a layer: add its own image features to the hidden states of the image tokens.
 
-    A forward hook with everything in the layer's arguments: full recomputation calls the layer again, when
-    other micro-batches have gone through it since.
+    A forward hook that finds everything in the layer's arguments: full recomputation calls the
+    layer again, when other micro-batches have gone through it since.
 
     Args:
         place: which of the tower's 1 + K outputs.
