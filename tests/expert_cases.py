@@ -239,7 +239,8 @@ def case_a_checkpoint_goes_on_at_any_other_layout() -> None:
     layout = lay("DP4")
     trained = make_policy(layout, lr=1e-3)
     checkpoints.load(2, trained)
-    _, of_experts_only = trained.optimizer.chained_optimizers
+    optimizer: Any = trained.optimizer
+    _, of_experts_only = optimizer.chained_optimizers
     for state in of_experts_only.optimizer.state.values():
         state["exp_avg"].zero_()
     train(trained, layout, range(2, 4))

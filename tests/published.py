@@ -140,7 +140,16 @@ PUBLISHED: dict[str, Published] = {
         18867,
     ),
     "Llama-3.1-8B": Published(
-        {"model_type": "llama", **_text(4096, 14336, 32, 32, 8, 128256)}, 8_030_261_248, 291
+        {
+            "model_type": "llama",
+            **_text(4096, 14336, 32, 32, 8, 128256),
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            },
+        },
+        8_030_261_248,
+        291,
     ),
     "Llama-2-7B": Published(
         {"model_type": "llama", **_text(4096, 11008, 32, 32, 32, 32000)}, 6_738_415_616, 291

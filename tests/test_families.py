@@ -1,7 +1,12 @@
-"""Conversion tables against transformers, at the published sizes, on meta tensors."""
+"""Conversion tables against transformers, at the published sizes, on meta tensors; rotary
+frequencies; what our decoder lacks is refused.
+
+Log-probs, gradients and exports of every family: `make parity`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +17,15 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
+from megatron_mmr1.backend.rotary import Rotary
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
-from megatron_mmr1.convert import AttentionShape, family_of, megatron_to_hf
+from megatron_mmr1.convert import (
+    FAMILIES,
+    AttentionShape,
+    Spelling,
+    family_of,
+    megatron_to_hf,
+)
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -51,3 +63,77 @@ def test_the_table_makes_every_published_tensor_once(name: str):
     assert len(ours) == len(theirs) == published.num_tensors
     assert dict(ours) == theirs
     assert sum(shape.numel() for _, shape in ours) == published.num_parameters
+
+
+def test_a_table_without_a_rule_would_be_noticed():
+    """Negative control: Qwen2's table has no norms of queries and keys."""
+    config = config_of(PUBLISHED["Qwen3-8B"])
+    with device.seam(), torch.device("meta"):
+        megatron = transformer_config(config, ModelConfig("", "bfloat16"), ParallelConfig())
+        parameters = list(PolicyStage(config, megatron).named_parameters())
+    shape = AttentionShape.of(config)
+    with pytest.raises(ValueError, match=r"no conversion rule .*q_layernorm"):
+        list(megatron_to_hf(FAMILIES["qwen2"].rules, parameters, shape))
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-7B", "Qwen3-VL-8B"])
+def test_every_spelling_of_a_folder_is_found_and_goes_back(name: str):
+    config = config_of(PUBLISHED[name])
+    family, names = family_of(config), [name for name, _ in tensors_of_ours(config)]
+    for spelling in (Spelling(), *family.spellings):
+        in_files = [spelling.in_files(n) for n in names]
+        assert family.spelling_of(in_files) == spelling
+        assert [spelling.in_rules(n) for n in in_files] == names
+
+
+def rotary_angles(config: Any, position_ids_3T: torch.Tensor) -> torch.Tensor:
+    text = config.get_text_config()
+    rotary = Rotary(text, family_of(config).interleaved_positions)
+    return rotary(position_ids_3T[:, None], ())[:, 0]
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "Qwen3-VL-4B", "Llama-3.1-8B", "Qwen3-8B"])
+def test_rotary_frequencies_are_hugging_faces(name: str):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+    config = config_of(PUBLISHED[name])
+    text = config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    position_ids_3T = torch.randint(0, 5000, (3, 50), generator=generator)
+    if "VL" not in name:
+        position_ids_3T = position_ids_3T[:1].expand(3, -1)
+        cos, sin = LlamaRotaryEmbedding(text)(torch.zeros(1), position_ids_3T[:1])
+    else:
+        theirs = Qwen3VLTextRotaryEmbedding if "Qwen3" in name else Qwen2_5_VLRotaryEmbedding
+        cos, sin = theirs(text)(torch.zeros(1), position_ids_3T[:, None])
+    angles = rotary_angles(config, position_ids_3T)
+    torch.testing.assert_close(angles.cos(), cos[0], rtol=0, atol=0)
+    torch.testing.assert_close(angles.sin(), sin[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Llama-3.1-8B", {"attention_bias": True}, "attention_bias=True is not supported"),
+        ("Llama-3.1-8B", {"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ("Mistral-7B-v0.3", {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ("Qwen3-8B", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+    ],
+)
+def test_a_part_that_our_decoder_lacks_is_refused(name: str, changes: dict[str, Any], message: str):
+    published = PUBLISHED[name]
+    config = config_of(replace(published, config=published.config | changes))
+    with pytest.raises(ValueError, match=message):
+        transformer_config(config, ModelConfig(""), ParallelConfig())
+
+
+def test_wavelengths_that_depend_on_the_length_are_refused():
+    published = PUBLISHED["Llama-3.1-8B"]
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = config_of(replace(published, config=published.config | {"rope_parameters": rope}))
+    with pytest.raises(ValueError, match=r"rope_type='dynamic' is not supported"):
+        Rotary(config, interleaved=False)

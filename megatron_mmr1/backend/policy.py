@@ -81,7 +81,7 @@ class MegatronPolicy:
             # Autograd hooks that the garbage collector can't see keep the config. It must hold the
             # policy weakly: else each policy, and its process groups' threads, lives as long as the
             # process.
-            finalize = weakref.WeakMethod(self._finalize_gradients)
+            finalize: Any = weakref.WeakMethod(self._finalize_gradients)
             config.finalize_model_grads_func = lambda *args, **kwargs: finalize()(*args, **kwargs)
             stages = range(parallel_config.vpp_size) if is_interleaved else [None]
             self.chunks = [PolicyStage(hf_config, config, stage) for stage in stages]

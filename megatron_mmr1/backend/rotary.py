@@ -66,7 +66,8 @@ def _inverse_wavelengths(text_config: Any) -> Tensor:
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        return ROPE_INIT_FUNCTIONS[kind](text_config, torch.device("cpu"))[0]
+        with torch.device("cpu"):
+            return ROPE_INIT_FUNCTIONS[kind](text_config, torch.device("cpu"))[0]
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     exponent = torch.arange(0, head_dim, 2, device="cpu").float()
