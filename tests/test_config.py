@@ -15,7 +15,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_mmr1 import cli
-from megatron_mmr1.config.layout import ModelSizes, check_fp8, check_max_tokens, total_multiple
+from megatron_mmr1.config.layout import (
+    ModelSizes,
+    check_fp8,
+    check_layout,
+    check_max_tokens,
+    total_multiple,
+)
 from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
 from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, ParallelConfig, SftConfig
@@ -252,6 +258,41 @@ def test_a_layout_must_fit_the_processes_and_the_lengths(files: Path):
     assert message_of(validate_sft, uneven, 4).endswith("use a multiple of 8, as 1000")
     validate(grpo(files, "rollout.tp_size=4"), 8)
     assert message_of(validate, grpo(files, "rollout.tp_size=3"), 3).endswith("use 1")
+
+
+EXPERTS = ModelSizes(8, 2, 8, 256, 8, num_experts=4)
+DEEPSTACK = ModelSizes(8, 2, 8, 256, 8, 0, num_deepstack_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout", "world_size", "start", "remedy"),
+    [
+        (EXPERTS, {"ep_size": 3}, 6, "parallel.ep_size=3 ", "use 1 or 2"),
+        (EXPERTS, {"ep_size": 4, "pp_size": 2}, 4, "parallel.ep_size=4 ", "use 1 or 2"),
+        (EXPERTS, {"tp_size": 2}, 2, "parallel.tp_size=2 ", "use sequence_parallel=true"),
+        (DEEPSTACK, {"pp_size": 4}, 4, "parallel.pp_size=4 ", "first_stage_layers=3 or more"),
+        (
+            DEEPSTACK,
+            {"pp_size": 2, "vpp_size": 2},
+            2,
+            "parallel.pp_size=2 with vpp_size=2",
+            "first_stage_layers=6 or more",
+        ),
+    ],
+)
+def test_a_layout_must_fit_experts_and_deepstack(
+    sizes: ModelSizes, layout: dict[str, int], world_size: int, start: str, remedy: str
+):
+    message = message_of(check_layout, ParallelConfig(**layout), sizes, world_size)  # type: ignore[arg-type]
+    assert message.startswith(start)
+    assert remedy in message
+
+
+def test_layouts_that_fit_experts_and_deepstack():
+    check_layout(ParallelConfig(ep_size=4), EXPERTS, 8)
+    check_layout(ParallelConfig(tp_size=2, sequence_parallel=True, ep_size=2), EXPERTS, 2)
+    check_layout(ParallelConfig(pp_size=2), DEEPSTACK, 2)
+    check_layout(ParallelConfig(pp_size=4, first_stage_layers=5), DEEPSTACK, 4)
 
 
 def test_fp8_asks_for_tokens_and_sizes_in_sixteens():

@@ -12,14 +12,14 @@ from pathlib import Path
 _PROCESSOR_FILES = {
     "model config": ("config.json",),
     "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
-    "processor": ("preprocessor_config.json", "processor_config.json"),
 }
+_IMAGE_FILES = {"processor": ("preprocessor_config.json", "processor_config.json")}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
 def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
-    """Refuse a folder without a model config, tokenizer or processor.
+    """Refuse a folder without a model config or tokenizer, or, with a vision tower, processor.
 
     Args:
         folder: the model folder.
@@ -35,7 +35,9 @@ def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
             "fetched; digits: `python -m megatron_mmr1.data.digits`, then "
             "`python -m megatron_mmr1.sft run=demo`)"
         )
-    for what, names in _PROCESSOR_FILES.items():
+    config = folder / "config.json"
+    has_images = not config.is_file() or b'"vision_config"' in config.read_bytes()
+    for what, names in (_PROCESSOR_FILES | (_IMAGE_FILES if has_images else {})).items():
         if not any((folder / name).is_file() for name in names):
             raise ValueError(
                 f"{key}={str(folder)!r} has no {what} ({' or '.join(names)}); "

@@ -15,18 +15,11 @@ import torch
 from PIL import Image
 
 from megatron_mmr1.config.model_folder import check_processor_files
+from megatron_mmr1.data.image_inputs import image_inputs_of
 from megatron_mmr1.data.images import decode_image
-from megatron_mmr1.data.mrope import mrope_positions
 from megatron_mmr1.types import Prompt
 
 IMAGE_TAG = "<image>"
-_VISION_TOKEN_KEYS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "vision_token_id",
-)
 
 
 class PromptProcessor:
@@ -34,7 +27,7 @@ class PromptProcessor:
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
-        image_token_id: the placeholder of one visual token.
+        image_token_id: the placeholder of one visual token; -1 for a text model.
         spatial_merge_size: patches merged into a visual token along each side.
         banned_token_ids: sorted; image, video and vision marker tokens, which no response may hold:
             a sampled placeholder breaks the match of tokens and image features.
@@ -51,14 +44,10 @@ class PromptProcessor:
         folder = Path(model_folder)
         check_processor_files(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "image_token_id" not in config or "vision_config" not in config:
-            raise ValueError(
-                f"{folder / 'config.json'} has no image_token_id or no vision_config; "
-                "give the folder of a Qwen2.5-VL model"
-            )
-        from transformers import AutoProcessor
+        from transformers import AutoProcessor, AutoTokenizer
 
-        self._processor: Any = AutoProcessor.from_pretrained(
+        auto: Any = AutoProcessor if config.get("vision_config") else AutoTokenizer
+        self._processor: Any = auto.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
         if self._processor.chat_template is None:
@@ -66,13 +55,11 @@ class PromptProcessor:
                 f"{folder} has no chat template; copy chat_template.json or chat_template.jinja "
                 "of the model there"
             )
-        _check_same_sizes(folder, config["vision_config"], self._processor.image_processor)
-        self.tokenizer: Any = self._processor.tokenizer
-        self.image_token_id: int = config["image_token_id"]
-        self.spatial_merge_size: int = config["vision_config"].get("spatial_merge_size", 2)
-        self.banned_token_ids: tuple[int, ...] = tuple(
-            sorted(config[key] for key in _VISION_TOKEN_KEYS if key in config)
-        )
+        self._images = image_inputs_of(folder, config, self._processor)
+        self.tokenizer: Any = getattr(self._processor, "tokenizer", self._processor)
+        self.image_token_id = self._images.image_token_id
+        self.spatial_merge_size = self._images.spatial_merge_size
+        self.banned_token_ids = self._images.banned_token_ids
         self.end_of_turn_id: int = self.tokenizer.eos_token_id
 
     def prompt(
@@ -97,16 +84,12 @@ class PromptProcessor:
         """
         text = self.render(question, len(images))
         pictures = [decode_image(data) for data in images]
-        inputs = self._processor(text=[text], images=pictures or None, return_tensors="pt")
-        token_ids = inputs["input_ids"][0]
-        image_grid_thw = inputs["image_grid_thw"] if pictures else None
+        token_ids, pixel_values, image_grid_thw = self._images.process(text, pictures)
         return Prompt(
             prompt_id=prompt_id,
             token_ids=token_ids,
-            position_ids=mrope_positions(
-                token_ids, image_grid_thw, self.image_token_id, self.spatial_merge_size
-            ),
-            pixel_values=inputs["pixel_values"].float() if pictures else None,
+            position_ids=self._images.positions(token_ids, image_grid_thw),
+            pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
             answer=answer,
             category=category,
@@ -128,8 +111,12 @@ class PromptProcessor:
             content.append({"type": "image"})
             if text:
                 content.append({"type": "text", "text": text})
+        # Text models' templates know no parts.
+        has_parts = self.image_token_id >= 0
         return self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": content if has_parts else question}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
 
     def count_tokens(self, question: str, pictures: Sequence[Image.Image]) -> int:
@@ -142,14 +129,12 @@ class PromptProcessor:
         num_placeholders = token_ids.count(self.image_token_id)
         if num_placeholders != len(pictures):
             raise ValueError(f"{num_placeholders} image placeholders for {len(pictures)} images")
-        merged = self.spatial_merge_size**2
-        num_visual_tokens = sum(self.count_patches(picture) // merged for picture in pictures)
+        num_visual_tokens = sum(self._images.num_tokens(picture) for picture in pictures)
         return len(token_ids) - num_placeholders + num_visual_tokens
 
     def count_patches(self, picture: Image.Image) -> int:
         """The patches that an image will be cut into, without processing pixels."""
-        image_processor = self._processor.image_processor
-        return image_processor.get_number_of_image_patches(picture.height, picture.width)
+        return self._images.num_patches(picture)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text as it stands, nothing added.
@@ -174,16 +159,3 @@ class PromptProcessor:
         if banned:
             raise ValueError(f"the response holds the vision tokens {sorted(banned)}")
         return torch.tensor([*token_ids, self.end_of_turn_id])
-
-
-def _check_same_sizes(folder: Path, vision_config: dict[str, Any], image_processor: Any) -> None:
-    """Refuse an image processor of another model: its image tokens would not match their grid."""
-    defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-    for key, default in defaults.items():
-        name = "merge_size" if key == "spatial_merge_size" else key
-        expected, found = vision_config.get(key, default), getattr(image_processor, name)
-        if found != expected:
-            raise ValueError(
-                f"{folder}: the image processor has {name}={found}, but vision_config.{key}="
-                f"{expected} in config.json; copy the processor files of the same model"
-            )

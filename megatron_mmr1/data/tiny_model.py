@@ -116,12 +116,12 @@ def build_tiny_qwen2_5_vl(folder: Path, seed: int = 0, tie_word_embeddings: bool
             f"{folder} exists and holds no model (no config.json); name another folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    processor = _build_processor()
-    config = _build_config(len(processor.tokenizer), tie_word_embeddings)
+    processor = build_processor()
+    config = build_config(len(processor.tokenizer), tie_word_embeddings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config).float()
-    model.generation_config = GenerationConfig(**_end_ids(), do_sample=True)
+    model.generation_config = GenerationConfig(**end_ids(), do_sample=True)
 
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -136,8 +136,12 @@ def build_tiny_qwen2_5_vl(folder: Path, seed: int = 0, tie_word_embeddings: bool
     return folder
 
 
-def _build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word and sign of the task; any other text becomes `<unk>`."""
+def build_tokenizer(named_tokens: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+    """One token for each word and sign of the task; any other text becomes `<unk>`.
+
+    Args:
+        named_tokens: special tokens that a processor looks up by name.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -156,13 +160,13 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         bos_token="<|endoftext|>",
         unk_token="<unk>",
-        extra_special_tokens=[t for t in SPECIAL_TOKENS if t.startswith("<|")],
+        extra_special_tokens=named_tokens or [t for t in SPECIAL_TOKENS if t.startswith("<|")],
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )
 
 
-def _build_processor() -> Qwen2_5_VLProcessor:
+def build_processor() -> Qwen2_5_VLProcessor:
     """Tokenizer, image processor and chat template. One 28 x 28 tile is one visual token."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
@@ -175,35 +179,35 @@ def _build_processor() -> Qwen2_5_VLProcessor:
         image_processor=Qwen2VLImageProcessor(
             size=dict(size), image_mean=[IMAGE_MEAN] * 3, image_std=[IMAGE_STD] * 3
         ),
-        tokenizer=_build_tokenizer(),
+        tokenizer=build_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(size=dict(size)),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def _token_id(special_token: str) -> int:
+def token_id(special_token: str) -> int:
     """The id of a special token: special tokens come first in the vocabulary."""
     return SPECIAL_TOKENS.index(special_token)
 
 
-def _end_ids() -> dict[str, int]:
+def end_ids() -> dict[str, int]:
     """Qwen's convention: a turn ends in <|im_end|>, and <|endoftext|> pads."""
-    padding = _token_id("<|endoftext|>")
+    padding = token_id("<|endoftext|>")
     return {
         "bos_token_id": padding,
-        "eos_token_id": _token_id("<|im_end|>"),
+        "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": padding,
     }
 
 
-def _build_config(vocab_size: int, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:
+def build_config(vocab_size: int, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:
     """Sizes and ids above; float32."""
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
         text_config={
             **TEXT_SIZES,
-            **_end_ids(),
+            **end_ids(),
             "vocab_size": vocab_size,
             "max_position_embeddings": MAX_POSITIONS,
             "rms_norm_eps": 1e-6,
@@ -227,10 +231,10 @@ def _build_config(vocab_size: int, tie_word_embeddings: bool) -> Qwen2_5_VLConfi
             "initializer_range": 0.05,
             "dtype": "float32",
         },
-        image_token_id=_token_id("<|image_pad|>"),
-        video_token_id=_token_id("<|video_pad|>"),
-        vision_start_token_id=_token_id("<|vision_start|>"),
-        vision_end_token_id=_token_id("<|vision_end|>"),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=tie_word_embeddings,
         dtype="float32",
     )

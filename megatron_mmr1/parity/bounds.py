@@ -11,3 +11,6 @@ APART = 2.0
 # bfloat16: mean error against float32 over Hugging Face's own. Both round at every layer, in
 # different places, so that neither error bounds the other.
 BFLOAT16_BOUND = 1.5
+# A gradient tensor smaller than this part of all gradients is rounding in float32: what is zero in
+# theory. It is held against all of them.
+ROUNDING = 1e-6

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_mmr1.parity.bounds import ROUNDING
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -80,8 +82,10 @@ def difference(ours: Outcome, theirs: Outcome) -> Difference:
     if ours.gradients.keys() != theirs.gradients.keys():
         missing = sorted(ours.gradients.keys() ^ theirs.gradients.keys())
         raise ValueError(f"only one of the outcomes has gradients of {', '.join(missing[:3])} ...")
+    total = float(torch.stack([g.double().norm() for g in theirs.gradients.values()]).norm())
     gradients = {
-        name: _relative(ours.gradients[name], theirs.gradients[name]) for name in theirs.gradients
+        name: _relative(ours.gradients[name], theirs.gradients[name], total)
+        for name in theirs.gradients
     }
     worst = max(gradients, key=lambda name: gradients[name])
     logprobs = torch.cat(ours.logprobs) - torch.cat(theirs.logprobs)
@@ -98,13 +102,17 @@ def mean_logprob_error(ours: Outcome, exact: Outcome) -> float:
     return float((torch.cat(ours.logprobs) - torch.cat(exact.logprobs)).abs().mean())
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference over the norm; where there is nothing, anything is infinitely much."""
-    norm = theirs.double().norm()
+def _relative(ours: Tensor, theirs: Tensor, total: float) -> float:
+    """Norm of the difference over the norm; where there is nothing, anything is infinitely much.
+
+    A gradient that is zero in theory is all rounding (of a bias of keys, which softmax does not
+    see): it is held against the norm of all gradients, `total`.
+    """
+    norm = float(theirs.double().norm())
     error = (ours.double() - theirs.double()).norm()
     if norm == 0:
         return 0.0 if error == 0 else float("inf")
-    return _number(error / norm)
+    return _number(error / (norm if norm > ROUNDING * total else total))
 
 
 def _number(value: Tensor) -> float:
