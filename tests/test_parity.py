@@ -15,6 +15,7 @@ import torch
 from megatron_mmr1.parity.bounds import LOGPROB_BOUND
 from megatron_mmr1.parity.layouts import BATCH_KINDS, CONTROLS, LAYOUTS
 from megatron_mmr1.parity.matrix import Cell, Compared
+from megatron_mmr1.parity.models import NAMES
 from megatron_mmr1.parity.outcome import Outcome, difference
 from megatron_mmr1.parity.table import as_html, as_markdown, is_good, summary, tables
 
@@ -59,11 +60,32 @@ def test_outcomes_of_other_things_are_not_compared():
         difference(replace(outcome(), logprobs=[torch.zeros(3)]), outcome())
 
 
+def test_a_gradient_that_is_zero_in_theory_is_held_against_all_gradients():
+    """Both are rounding, which no bound fits; what is wrong by more than that still stands out."""
+    theirs = outcome()
+    name = next(iter(theirs.gradients))
+    norm = torch.stack([g.double().norm() for g in theirs.gradients.values()]).norm()
+    unit = torch.ones_like(theirs.gradients[name])
+    unit /= unit.norm()
+
+    def found(ours: float, exact: float) -> float:
+        pair = [
+            replace(theirs, gradients={**theirs.gradients, "zero": factor * norm * unit})
+            for factor in (ours, exact)
+        ]
+        return difference(*pair).gradient
+
+    assert found(3e-8, -1e-8) == pytest.approx(4e-8, rel=1e-3)
+    assert found(1e-3, 1e-8) == pytest.approx(1e-3, rel=1e-3)
+    assert found(3e-5, 1e-5) == pytest.approx(2.0, rel=1e-3), "not zero: against its own norm"
+
+
 GOOD = {"logprob": 1e-6, "loss": 1e-7, "gradient": 1e-6, "worst_gradient": "a"}
 
 
 def compared(control: str = "", **values: object) -> Compared:
-    return Compared(Cell(LAYOUTS[0], "tiny", control), "mixed", **values)  # type: ignore[arg-type]
+    cell = Cell(LAYOUTS[0], "tiny", control)
+    return Compared(cell, "mixed", **{"is_bit_for_bit": True, **values})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("key", ["logprob", "loss", "gradient"])
@@ -87,12 +109,18 @@ def test_a_users_model_has_twice_the_room_against_one_process_and_no_more():
 
     def judged(gradient: float) -> bool:
         one_process = GOOD | {"gradient": gradient}
-        own = Compared(Cell(layout, "own"), "mixed", GOOD, one_process)
+        own = Compared(Cell(layout, "own"), "mixed", True, GOOD, one_process)
         assert ("out of bounds" in as_markdown(tables([own]))) != is_good(own)
         return is_good(own)
 
     assert judged(1.9e-5) and not judged(2.1e-5)
     assert not is_good(compared(hugging_face=GOOD, one_process=GOOD | {"gradient": 1.9e-5}))
+
+
+def test_weights_that_come_back_changed_are_no_success():
+    changed = compared(hugging_face=GOOD, is_bit_for_bit=False)
+    assert not is_good(changed)
+    assert "DIFFERENT (out of bounds)" in as_markdown(tables([changed]))
 
 
 def test_rounding_is_judged_against_hugging_faces_own():
@@ -108,6 +136,11 @@ def test_the_matrix_has_the_layouts_that_it_promises():
                      "TP2 x CP2 + SP", "PP2 x CP2", "TP4 (2 KV heads)"):  # fmt: skip
         (layout,) = [one for one in LAYOUTS if one.name == promised]
         assert layout.all_kinds == tuple(BATCH_KINDS) and layout.in_ci, promised
+    for model in set(NAMES) - {"qwen2_5_vl"}:
+        tp = "TP2 + SP" if model == "qwen3_moe" else "TP2"
+        for promised in ("one process", tp, "PP2", f"{tp} x PP2"):
+            assert f"{model}: {promised}" in names
+    assert "qwen3_moe: EP2" in names
     assert len(CONTROLS) >= 5 and LOGPROB_BOUND == 1e-5
 
 
