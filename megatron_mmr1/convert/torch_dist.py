@@ -256,7 +256,7 @@ class TorchDistReader:
         try:
             tensor = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{where} is damaged ({error}); copy the file again") from error
+            raise ValueError(f"{where} is damaged; copy the file again") from error
         is_tensor = isinstance(tensor, Tensor)
         if not is_tensor or tensor.shape != shape or tensor.dtype != self.tensors[key].dtype:
             raise ValueError(f"{where} is not what .metadata says; copy the checkpoint again")
