@@ -20,7 +20,8 @@ from helpers import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mmr1.backend import batching, losses
-from megatron_mmr1.backend.checkpoint import Checkpoints, check_metadata
+from megatron_mmr1.backend.checkpoint import Checkpoints
+from megatron_mmr1.convert.torch_dist import read_metadata
 from megatron_mmr1.data.processor import PromptProcessor
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -98,7 +99,7 @@ def test_checkpoint_metadata_that_would_run_code_is_refused_before_it_runs(
     policy, checkpoints = make_policy(tiny_model_dir), Checkpoints(run_dir, keep_last=2)
     checkpoints.save(1, policy, {}, is_best=False)
     folder, proof = run_dir / "checkpoints" / "step_1" / "megatron", run_dir / "it_ran"
-    check_metadata(folder / ".metadata")  # an honest one passes
+    read_metadata(folder / ".metadata")  # an honest one passes
     evil = pickle.dumps(RunsACommand(f"touch '{proof}'"))
     (folder / ".metadata").write_bytes(evil)
     with pytest.raises(ValueError, match="system"):
@@ -112,7 +113,7 @@ def test_checkpoint_metadata_that_would_run_code_is_refused_before_it_runs(
 def test_checkpoint_metadata_that_is_no_pickle_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match="not the metadata of a Megatron checkpoint"):
-        check_metadata(tmp_path / ".metadata")
+        read_metadata(tmp_path / ".metadata")
 
 
 def plant_in_file(folder: Path, name: str, evil: RunsACommand) -> None:

@@ -9,13 +9,13 @@
     step_N/config.yaml     the resolved configuration, copied from the run folder
 
 Security: every file is read with weights_only; Megatron's `.metadata`, which is a pickle, only
-after an unpickler that knows an allow-list of harmless classes has gone through it.
+after an unpickler that knows an allow-list of harmless classes has gone through it
+(convert/torch_dist.py).
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron_mmr1 import device
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.policy import MegatronPolicy
+from megatron_mmr1.convert.torch_dist import read_metadata
 
 _BEST = "best.txt"
 # Whole optimizer states, gathered over data-parallel ranks: the only sharding of Megatron-Core
@@ -92,7 +93,7 @@ class Checkpoints:
             ValueError: a file is not what a checkpoint of ours holds.
         """
         folder = self._root / f"step_{step}"
-        check_metadata(folder / "megatron" / ".metadata")
+        read_metadata(folder / "megatron" / ".metadata")  # refuses what could run code
         with device.seam(), _weights_only():
             weights = _weights(policy)
             wanted = {
@@ -127,60 +128,6 @@ class Checkpoints:
 def _weights(policy: MegatronPolicy) -> dict[str, Any]:
     """One entry a model chunk; a tensor's key inside is the same at every layout."""
     return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
-
-
-def check_metadata(path: Path) -> None:
-    """Refuse a `.metadata` file that names anything but the classes which torch writes there.
-
-    Raises:
-        ValueError: another class or function is named (unpickling it could run code), or it's no
-            pickle.
-    """
-    try:
-        with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise ValueError(f"{path} is not the metadata of a Megatron checkpoint: {error}") from error
-
-
-_ALLOWED = {
-    "torch": {
-        "Size",
-        "float32",
-        "bfloat16",
-        "float16",
-        "float64",
-        "int64",
-        "int32",
-        "uint8",
-        "bool",
-    },
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if global_name not in _ALLOWED.get(module_name, ()):
-            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-        return super().find_class(module_name, global_name)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend import losses, parallel
@@ -37,7 +36,7 @@ from megatron_mmr1.backend.packing import StepCost
 from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_mmr1.convert import AttentionShape, family_of
+from megatron_mmr1.convert import AttentionShape, family_of, read_config
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.types import PackedBatch, StepBatch
 
@@ -67,9 +66,7 @@ class MegatronPolicy:
         num_steps: int,
         keep_reference: bool = False,
     ) -> None:
-        hf_config: Any = AutoConfig.from_pretrained(
-            model.path, local_files_only=True, trust_remote_code=False
-        )
+        hf_config = read_config(model.path)
         family = family_of(hf_config)
         text = hf_config.get_text_config()
         vision = getattr(hf_config, "vision_config", None)

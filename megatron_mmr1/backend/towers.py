@@ -10,14 +10,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.internvl.modeling_internvl import (
+    InternVLModel,
+    InternVLMultiModalProjector,
+    InternVLVisionModel,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+_QWEN: dict[str, Any] = {
+    "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
+    "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
+    "qwen3_vl": Qwen3VLVisionModel,
+}
 
 
 def build_tower(hf_config: Any) -> torch.nn.Module:
     """Build the tower of a vision-language model, uninitialised, to be called by `encode`."""
     vision = hf_config.vision_config
     vision._attn_implementation = "sdpa"
-    tower = _InternVLTower(hf_config) if hf_config.model_type == "internvl" else _qwen(hf_config)
-    return tower.eval()  # no dropout
+    if hf_config.model_type == "internvl":
+        return _InternVLTower(hf_config).eval()
+    return _QWEN[hf_config.model_type](vision).eval()  # no dropout
 
 
 def num_deepstack_layers(hf_config: Any) -> int:
@@ -34,32 +51,11 @@ def encode(tower: Any, pixels: Tensor, grid_thw: Tensor) -> Tensor:
     return torch.cat([output.pooler_output, *(getattr(output, "deepstack_features", ()))], dim=-1)
 
 
-def _qwen(hf_config: Any) -> torch.nn.Module:
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-        Qwen2_5_VisionTransformerPretrainedModel,
-    )
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
-
-    kinds: dict[str, Any] = {
-        "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
-        "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
-        "qwen3_vl": Qwen3VLVisionModel,
-    }
-    return kinds[hf_config.model_type](hf_config.vision_config)
-
-
 class _InternVLTower(torch.nn.Module):
     """Transformers' InternVL up to its decoder: tower, pixel shuffle, projector."""
 
     def __init__(self, hf_config: Any) -> None:
         super().__init__()
-        from transformers.models.internvl.modeling_internvl import (
-            InternVLModel,
-            InternVLMultiModalProjector,
-            InternVLVisionModel,
-        )
-
         if hf_config.vision_feature_layer != -1:
             raise ValueError(
                 f"config.json: vision_feature_layer={hf_config.vision_feature_layer} is not "

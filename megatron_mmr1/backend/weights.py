@@ -95,7 +95,7 @@ class NamedWeights:
         Raises:
             ValueError: a tensor is missing or of another shape.
         """
-        spelling = self._family.spelling_of(weights.names)
+        spelling = self._family.spelling_of(weights.tensors)
         for name, parameter in self._mine.items():
             name = self._numbered(name, parallel.ep_group().rank())
             parameter.copy_(self._read(weights, spelling, name, parameter))

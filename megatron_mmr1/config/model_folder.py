@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 # Each as alternatives: without one of them transformers would build a default model, or fetch.
 _PROCESSOR_FILES = {
@@ -14,8 +15,8 @@ _PROCESSOR_FILES = {
     "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
 }
 _IMAGE_FILES = {"processor": ("preprocessor_config.json", "processor_config.json")}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
@@ -57,17 +58,33 @@ def check_model_folder(folder: str | Path, key: str = "model.path") -> None:
     """
     check_processor_files(folder, key)
     folder = Path(folder)
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        files = set(index["weight_map"].values())
+    if (folder / INDEX).is_file():
+        files = set(read_index(folder / INDEX)["weight_map"].values())
         missing = sorted(name for name in files if not (folder / name).is_file())
         if missing:
             raise ValueError(
-                f"{key}={str(folder)!r} lacks {', '.join(missing)}, which {_INDEX} names; "
+                f"{key}={str(folder)!r} lacks {', '.join(missing)}, which {INDEX} names; "
                 "complete the copy of the model"
             )
-    elif not (folder / _SINGLE).is_file():
+    elif not (folder / SINGLE).is_file():
         raise ValueError(
-            f"{key}={str(folder)!r} holds neither {_SINGLE} nor {_INDEX}; "
+            f"{key}={str(folder)!r} holds neither {SINGLE} nor {INDEX}; "
             "give a folder with safetensors (pickled weights are not read)"
         )
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Return the index of a sharded model: `weight_map` from tensor to file, and metadata.
+
+    Raises:
+        ValueError: it holds something else, or names a file outside its folder.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = list(index["weight_map"].values())
+        is_good = files and all(Path(file).name == file != ".." for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of a model ({error!r}); copy it again") from error
+    if not is_good:
+        raise ValueError(f"{path}: weight_map names no files of its folder; copy it again")
+    return index

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
-from megatron_mmr1.convert import AttentionShape, Family, family_of
+from megatron_mmr1.convert import AttentionShape, Family, family_of, read_config
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.parity import controls, ours
@@ -55,7 +54,7 @@ def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
     processor = PromptProcessor(folder)
     model = ModelConfig(folder, cell["dtype"], freeze_vision=cell["freeze_vision"])
     policy = ours.build_policy(model, layout)
-    hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    hf_config = read_config(folder)
     family = family_of(hf_config)
     is_bit_for_bit = _exports_its_file(policy, folder)
     shape = AttentionShape.of(hf_config.get_text_config())
@@ -101,7 +100,7 @@ def _exports_its_file(policy: MegatronPolicy, folder: str) -> bool:
         names.append(name)
         if not torch.equal(tensor.cpu(), weights[name].to(tensor.dtype)):
             return False
-    return sorted(names) == sorted(weights.names)
+    return sorted(names) == sorted(weights.tensors)
 
 
 def _trained_only(theirs: Outcome, found: Outcome, family: Family) -> Outcome:

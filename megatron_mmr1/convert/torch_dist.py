@@ -1,0 +1,403 @@
+"""Megatron's `torch_dist` checkpoints, read and written one tensor at a time, without Megatron.
+
+    .metadata        a pickle: which part of which global tensor lies where
+    __R_I.distcp     rank R's tensors, each as torch.save writes it
+    metadata.json    Megatron's mark of the format
+
+Megatron stacks the layers: `language.decoder.layers.mlp.linear_fc2.weight` is one global tensor of
+all layers, and a parameter of one layer is a box in it (`Box`).
+
+Security: `.metadata` goes through an unpickler that knows an allow-list of harmless classes, and
+everything else is read with weights_only.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_mmr1.convert.hf_files import is_plain_file
+from megatron_mmr1.convert.safetensors_file import OpenFile, TensorInfo
+
+_MARK = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_ALLOWED = {
+    "torch": {
+        "Size",
+        "float32",
+        "bfloat16",
+        "float16",
+        "float64",
+        "int64",
+        "int32",
+        "uint8",
+        "bool",
+    },
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a global tensor.
+
+    Attributes:
+        key: the global tensor's name.
+        offset: of the part's first element in each dim.
+        sizes: of the part in each dim.
+        global_shape: the whole tensor's.
+        may_be_padded: the global tensor may be longer in its first dim (a padded vocabulary).
+    """
+
+    key: str
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    may_be_padded: bool = False
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name not in _ALLOWED.get(module_name, ()):
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read a `.metadata` file that names nothing but the classes which torch writes there.
+
+    Raises:
+        ValueError: another class or function is named (unpickling it could run code), or it's no
+            pickle of a checkpoint's metadata.
+    """
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        raise _not_metadata(path, str(error)) from error
+    except (IndexError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise _not_metadata(path, f"it is damaged ({error!r})") from error
+    if not isinstance(metadata, Metadata):
+        raise _not_metadata(path, f"it holds a {type(metadata).__name__}")
+    return metadata
+
+
+class TorchDistReader:
+    """The tensors of a checkpoint: any box of any global tensor, whatever layout it was saved at.
+
+    Args:
+        folder: the checkpoint.
+
+    Attributes:
+        tensors: every global tensor's dtype and shape, the optimizer's among them.
+
+    Raises:
+        ValueError: the checkpoint is half-written, damaged, or of another format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        _check_mark(folder)
+        if not (folder / ".metadata").is_file():
+            raise ValueError(f"{folder} has no .metadata: its writing was never finished")
+        metadata = read_metadata(folder / ".metadata")
+        self.tensors: dict[str, TensorInfo] = {}
+        self._parts: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
+        try:
+            for key, value in metadata.state_dict_metadata.items():
+                if isinstance(value, TensorStorageMetadata):
+                    self.tensors[key] = TensorInfo(value.properties.dtype, tuple(value.size))
+                    self._parts[key] = [
+                        (chunk, metadata.storage_data[MetadataIndex(key, chunk.offsets)])
+                        for chunk in value.chunks
+                    ]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise _not_metadata(folder / ".metadata", f"it is damaged ({error!r})") from error
+        self._files = self._open_files()
+
+    def _open_files(self) -> dict[str, OpenFile]:
+        ends: dict[str, int] = {}
+        for parts in self._parts.values():
+            for _, place in parts:
+                if not is_plain_file(place.relative_path) or place.offset < 0:
+                    raise _not_metadata(
+                        self.folder / ".metadata", f"it points to {place.relative_path!r}"
+                    )
+                end = place.offset + place.length
+                ends[place.relative_path] = max(end, ends.get(place.relative_path, 0))
+        for file, end in sorted(ends.items()):
+            path = self.folder / file
+            if not path.is_file():
+                raise ValueError(
+                    f"{self.folder} lacks {file}, which its .metadata names; "
+                    "complete the copy of the checkpoint"
+                )
+            if path.stat().st_size < end:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes, but .metadata describes {end}: it "
+                    "is cut short; copy it again"
+                )
+        return {file: OpenFile(self.folder / file) for file in ends}
+
+    def check(self, box: Box) -> None:
+        """Refuse a checkpoint that does not hold a box's global tensor in the expected shape.
+
+        Raises:
+            ValueError: the tensor is missing or of another shape.
+        """
+        if box.key not in self.tensors:
+            raise ValueError(
+                f"{self.folder} has no tensor {box.key!r}: it is a checkpoint of another model; "
+                "give the model's own folder as --template"
+            )
+        found, expected = self.tensors[box.key].shape, box.global_shape
+        is_padded = box.may_be_padded and found[1:] == expected[1:] and found[0] >= expected[0]
+        if found != expected and not is_padded:
+            raise ValueError(
+                f"{self.folder}: {box.key} is of shape {found}, but config.json describes "
+                f"{expected}; it is a checkpoint of another model, give that one as --template"
+            )
+
+    def read(self, box: Box) -> Tensor:
+        """Return a box's values.
+
+        Raises:
+            ValueError: the checkpoint's parts do not cover it, or one is damaged.
+        """
+        out: Tensor | None = None
+        num_found = 0
+        for chunk, place in self._parts[box.key]:
+            low = [max(a, b) for a, b in zip(box.offset, chunk.offsets, strict=True)]
+            high = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(
+                    box.offset, box.sizes, chunk.offsets, chunk.sizes, strict=True
+                )
+            ]
+            sizes = [max(0, b - a) for a, b in zip(low, high, strict=True)]
+            if not torch.Size(sizes).numel():
+                continue
+            part = self._read_part(box.key, tuple(chunk.sizes), place)
+            if tuple(sizes) == box.sizes == tuple(chunk.sizes):
+                return part
+            if out is None:
+                out = torch.empty(box.sizes, dtype=self.tensors[box.key].dtype)
+            inside = _slices(low, sizes, box.offset)
+            out[inside] = part[_slices(low, sizes, chunk.offsets)]
+            num_found += torch.Size(sizes).numel()
+        if out is None or num_found != out.numel():
+            raise ValueError(
+                f"{self.folder}: the parts of {box.key} do not cover it; its .metadata is damaged, "
+                "copy the checkpoint again"
+            )
+        return out
+
+    def will_need(self, box: Box) -> None:
+        """Have the system read a box ahead, if it is one part."""
+        for chunk, place in self._parts[box.key]:
+            if tuple(chunk.offsets) == box.offset:
+                self._files[place.relative_path].will_need(place.offset, place.length)
+
+    def position(self, box: Box) -> tuple[str, int]:
+        """Return where the first part of a box lies, to read in the order of the files."""
+        return min(
+            (
+                (place.relative_path, place.offset)
+                for chunk, place in self._parts[box.key]
+                if all(
+                    a < b + m and b < a + n
+                    for a, n, b, m in zip(
+                        box.offset, box.sizes, chunk.offsets, chunk.sizes, strict=True
+                    )
+                )
+            ),
+            default=("", 0),
+        )
+
+    def _read_part(self, key: str, shape: tuple[int, ...], place: _StorageInfo) -> Tensor:
+        file = _Slice(self._files[place.relative_path], place.offset, place.length)
+        where = f"{self.folder / place.relative_path}: the part of {key} at byte {place.offset}"
+        try:
+            tensor = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{where} is damaged; copy the file again") from error
+        is_tensor = isinstance(tensor, Tensor)
+        if not is_tensor or tensor.shape != shape or tensor.dtype != self.tensors[key].dtype:
+            raise ValueError(f"{where} is not what .metadata says; copy the checkpoint again")
+        return tensor
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+class TorchDistWriter:
+    """One rank's `.distcp` file, and what `.metadata` says of it.
+
+    Attributes:
+        entries: what was written: a box and its dtype (None for an object), and where.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._name = f"__{rank}_0.distcp"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._file = _Appender(OpenFile(folder / self._name, flags))
+        self.entries: list[tuple[Box, torch.dtype | None, _StorageInfo]] = []
+
+    def write(self, box: Box, tensor: Tensor) -> None:
+        """Write a box; the tensor has no memory but its own values (torch.save writes all)."""
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        self._save(box, tensor.reshape(box.sizes), tensor.dtype)
+
+    def write_object(self, key: str, value: Any) -> None:
+        """Write something else than a tensor."""
+        self._save(Box(key, (), (), ()), value, None)
+
+    def _save(self, box: Box, value: Any, dtype: torch.dtype | None) -> None:
+        start = self._file.tell()
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # a third of the time of writing
+        try:
+            torch.save(value, self._file)
+        finally:
+            torch.serialization.set_crc32_options(before)
+        place = _StorageInfo(self._name, start, self._file.tell() - start)
+        self.entries.append((box, dtype, place))
+
+    def close(self) -> None:
+        """Wait until all is on disk."""
+        self._file.file.sync()
+        self._file.file.close()
+
+
+def write_metadata(
+    folder: Path, entries: Iterable[tuple[Box, torch.dtype | None, _StorageInfo]]
+) -> None:
+    """Write `.metadata` and `metadata.json` for what all ranks have written."""
+    state: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for box, dtype, place in entries:
+        if dtype is None:
+            state[box.key] = BytesStorageMetadata()
+            storage[MetadataIndex(box.key)] = place
+            continue
+        if box.key not in state:
+            size = torch.Size(box.global_shape)
+            state[box.key] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, [])
+        chunks = state[box.key].chunks
+        index = MetadataIndex(box.key, box.offset, len(chunks))
+        assert index not in storage, box
+        chunks.append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.sizes)))
+        storage[index] = place
+    metadata = Metadata(state, None, storage, StorageMeta(), "1.0.0")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    (folder / "metadata.json").write_text(json.dumps(_MARK), encoding="utf-8")
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, for torch.load: values go straight into the tensor."""
+
+    def __init__(self, file: OpenFile, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self._length - self._at)]
+        self._file.read_bytes_into(view, self._start + self._at)
+        self._at += len(view)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+class _Appender:
+    """The end of a file, for torch.save."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self.file, self._at = file, 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.file.write_bytes(view, self._at)
+        self._at += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._at
+
+    def flush(self) -> None:
+        pass
+
+
+def _check_mark(folder: Path) -> None:
+    if folder.name.endswith(".partial") or any(p.startswith("partial_") for p in folder.parts[-2:]):
+        raise ValueError(f"{folder} is half-written: its writing was never finished; give another")
+    path = folder / "metadata.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no Megatron checkpoint, or a half-written one (no metadata.json); give "
+            "a folder that convert_hf_to_megatron.py wrote, or RUN/checkpoints/step_N"
+        )
+    try:
+        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}); copy the checkpoint again") from error
+    if backend != "torch_dist":
+        raise ValueError(f"{path}: sharded_backend={backend!r} is not read; save as 'torch_dist'")
+
+
+def _slices(low: Sequence[int], sizes: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, a - o + n) for a, n, o in zip(low, sizes, origin, strict=True))
+
+
+def _not_metadata(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is not the metadata of a Megatron checkpoint: {why}")
