@@ -1,8 +1,8 @@
-"""What a conversion has to do, known before a single weight is read: for each Megatron parameter its
-place in a checkpoint and the Hugging Face tensors that it is made of.
+"""What a conversion has to do, known before a single weight is read: for each Megatron parameter
+its place in a checkpoint and the Hugging Face tensors that it is made of.
 
-Megatron itself says where parameters lie: the model is built without memory (on the meta device) and
-asked for its `sharded_state_dict`.
+Megatron itself says where parameters lie: the model is built without memory (on the meta device)
+and asked for its `sharded_state_dict`.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ class TorchDistReader:
         )
 
     def _read_part(self, key: str, shape: tuple[int, ...], place: _StorageInfo) -> Tensor:
-        file = _Slice(self._files[place.relative_path], place.offset, place.length)
+        file: Any = _Slice(self._files[place.relative_path], place.offset, place.length)
         where = f"{self.folder / place.relative_path}: the part of {key} at byte {place.offset}"
         try:
             tensor = torch.load(file, map_location="cpu", weights_only=True)
@@ -278,11 +278,11 @@ class TorchDistWriter:
     def __init__(self, folder: Path, rank: int) -> None:
         self._name = f"__{rank}_0.distcp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._file = _Appender(OpenFile(folder / self._name, flags))
+        self._file: Any = _Appender(OpenFile(folder / self._name, flags))
         self.entries: list[tuple[Box, torch.dtype | None, _StorageInfo]] = []
 
     def write(self, box: Box, tensor: Tensor) -> None:
-        """Write a box; the tensor has no memory but its own values (torch.save writes all of it)."""
+        """Write a box; the tensor has no memory but its own (torch.save would write all of it)."""
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
         self._save(box, tensor.reshape(box.sizes), tensor.dtype)
 
