@@ -51,9 +51,10 @@ parity: $(STAMP)
 parity-ci: $(STAMP)
 	$(BIN)/python tools/check_parity.py --matrix outputs/parity --ci
 
-# What can be timed on a CPU: packing and balance.
+# What can be timed on a CPU: packing and balance; the converters against plain copies (6 GB of disk).
 bench: $(STAMP)
 	$(BIN)/python tools/measure_packing.py
+	$(BIN)/python tools/measure_conversion.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

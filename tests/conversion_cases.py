@@ -1,4 +1,4 @@
-"""What test_convert.py checks on two processes: `torchrun conversion_cases.py FOLDER [CASE ...]`.
+"""What test_convert.py checks on two processes: `torchrun ... conversion_cases.py FOLDER [CASE]`.
 
 How cases run and report: launched.py. FOLDER has the models `untied` and `tied`, and what one
 process made of them: `untied_megatron`, `tied_megatron`.
@@ -97,25 +97,26 @@ def case_two_processes_convert_to_what_one_does() -> None:
 
 
 def case_a_training_checkpoint_converts_to_the_policys_weights() -> None:
-    """Saved at any layout, optimizer beside the weights; also by two processes."""
-    for model, layouts in MODELS.items():
-        for name in layouts:
-            folder = FOLDER / f"run {model} {name}"
-            policy = make_policy(lay(name), model)
-            with torch.no_grad():
-                for chunk in policy.chunks:
-                    for parameter in chunk.parameters():
-                        parameter.mul_(1.25)
-            expected = {n: t.clone() for n, t in policy.named_tensors()}
-            if parallel.is_main():
-                folder.mkdir()
-                text = f"model:\n  path: {FOLDER / model}\n"
-                (folder / "config.yaml").write_text(text)
-            parallel.barrier()
-            Checkpoints(folder, keep_last=1).save(3, policy, {}, is_best=False)
-            lay("DP2")
-            convert_megatron_to_hf(folder / "checkpoints" / "step_3", folder / "hf")
-            assert_same(load_file(folder / "hf" / "model.safetensors"), expected)
+    """Saved at any layout, optimizer beside the weights; converted by two processes."""
+    cases = [("untied", "TP2"), ("untied", "PP2 x VPP2"), ("tied", "PP2"), ("untied", "DP2")]
+    cases += [("experts", name) for name in EXPERT_LAYOUTS]
+    for model, name in cases:
+        folder = FOLDER / f"run {model} {name}"
+        policy = make_policy(lay(name), model)
+        with torch.no_grad():
+            for chunk in policy.chunks:
+                for parameter in chunk.parameters():
+                    parameter.mul_(1.25)
+        expected = {n: t.clone() for n, t in policy.named_tensors()}
+        if parallel.is_main():
+            folder.mkdir()
+            text = f"model:\n  path: {FOLDER / model}\n"
+            (folder / "config.yaml").write_text(text)
+        parallel.barrier()
+        Checkpoints(folder, keep_last=1).save(3, policy, {}, is_best=False)
+        lay("DP2")
+        convert_megatron_to_hf(folder / "checkpoints" / "step_3", folder / "hf")
+        assert_same(load_file(folder / "hf" / "model.safetensors"), expected)
 
 
 def case_a_fault_on_one_rank_is_raised_on_all() -> None:

@@ -3,10 +3,11 @@
 Usage: python tools/measure_conversion.py [--megabytes 1500] [--repeats 3] [--folder DIR]
 
 A model of about that size is made in bfloat16 with the tiny model's tokenizer. Each repeat runs,
-in turn: a plain copy of the Hugging Face files (read, write, fsync in blocks of 16 MiB), the
-conversion to Megatron, a plain copy of the checkpoint, and the conversion back; each in a process
-of its own, timed from after the imports to the last fsync. Before each, the source's pages are put
-out of the cache. Memory is the growth of anonymous memory after the imports.
+in turn: a plain copy of the Hugging Face files (read, write, fsync in blocks of 16 MiB), the same
+with our hint to start writing each block to disk at once, the conversion to Megatron, both copies
+of the checkpoint, and the conversion back; each in a process of its own, timed from after the
+imports to the last fsync. Before each, the source's pages are put out of the cache. Memory is the
+growth of anonymous memory after the imports.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _measure(folder: Path, megabytes: int, repeats: int) -> tuple[dict[str, list
     results: dict[str, list[Any]] = {}
     for _ in range(repeats):
         for what, source in (
-            ("copy", hf), ("to_megatron", hf), ("copy back", megatron), ("to_hf", megatron),
+            ("copy", hf), ("hinted", hf), ("to_megatron", hf),
+            ("copy back", megatron), ("hinted back", megatron), ("to_hf", megatron),
         ):  # fmt: skip
             _drop_from_cache(source)
             out = folder / "out"
@@ -71,8 +73,10 @@ def _print_table(results: dict[str, list[Any]], num_bytes: int) -> None:
     print(f"{'':28}{'seconds (all)':28}{'GB/s':>8}{'ratio (min..max)':>26}{'memory MB':>12}")
     for what, title, plain in (
         ("copy", "plain copy of the folder", "copy"),
+        ("hinted", "the same with hints", "copy"),
         ("to_megatron", "Hugging Face to Megatron", "copy"),
         ("copy back", "plain copy of the checkpoint", "copy back"),
+        ("hinted back", "the same with hints", "copy back"),
         ("to_hf", "Megatron to Hugging Face", "copy back"),
     ):
         times = [run["seconds"] for run in results[what]]
@@ -115,7 +119,7 @@ def _timed(work: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": seconds, "peak_bytes": memory.growth_bytes}
 
 
-def _copy(source: Path, out: Path, megabytes: int) -> dict[str, Any]:
+def _copy(source: Path, out: Path, megabytes: int, is_hinted: bool = False) -> dict[str, Any]:
     """Read, write and fsync the large files; one buffer."""
     out.mkdir()
     buffer = memoryview(bytearray(_BLOCK_BYTES))
@@ -126,9 +130,17 @@ def _copy(source: Path, out: Path, megabytes: int) -> dict[str, Any]:
                 with path.open("rb", buffering=0) as a, (out / path.name).open("wb", 0) as b:
                     while count := a.readinto(buffer):
                         b.write(buffer[:count])
+                        if is_hinted:
+                            for file in (a, b):
+                                place = file.tell() - count, count
+                                os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_DONTNEED)
                     os.fsync(b.fileno())
 
     return _timed(copy)
+
+
+def _hinted(source: Path, out: Path, megabytes: int) -> dict[str, Any]:
+    return _copy(source, out, megabytes, is_hinted=True)
 
 
 def _to_megatron(source: Path, out: Path, megabytes: int) -> dict[str, Any]:
@@ -143,14 +155,29 @@ def _to_hf(source: Path, out: Path, megabytes: int) -> dict[str, Any]:
     return result | _largest(out)
 
 
-def _load_all(source: Path, out: Path, megabytes: int) -> dict[str, Any]:
-    """Keep the whole model in memory: what a test must notice."""
-    _start()
-    from megatron_mmr1.convert.hf_files import HfWeights
+def _memory(source: Path, out: Path, megabytes: int) -> dict[str, Any]:
+    """Convert there and back in one process, then, as a control, hold the whole model in memory.
 
-    weights = HfWeights(source)
-    held: dict[str, Any] = {}
-    return _timed(lambda: held.update({name: weights[name] for name in weights.tensors}))
+    All compared with the memory before the first of them.
+    """
+    conversion = _start()
+    from megatron_mmr1.convert.hf_files import HfWeights
+    from megatron_mmr1.observability.memory import PeakMemory, anonymous_bytes
+
+    before, megatron, back = anonymous_bytes(), out / "megatron", out / "hf"
+    weights, held = HfWeights(source), {}
+    steps: dict[str, Callable[[], Any]] = {
+        "to_megatron": lambda: conversion.convert_hf_to_megatron(source, megatron),
+        "to_hf": lambda: conversion.convert_megatron_to_hf(megatron, back),
+        "verify": lambda: conversion.verify(back, megatron),
+        "whole_model": lambda: held.update({name: weights[name] for name in weights.tensors}),
+    }
+    found = _largest(source)
+    for name, step in steps.items():
+        with PeakMemory(before) as memory:
+            step()
+        found[name] = memory.growth_bytes
+    return found
 
 
 def _largest(hf: Path) -> dict[str, Any]:
@@ -210,8 +237,8 @@ def _start() -> Any:
 
 
 _STEPS = {
-    "make": _make, "copy": _copy, "to_megatron": _to_megatron, "to_hf": _to_hf,
-    "load_all": _load_all,
+    "make": _make, "copy": _copy, "hinted": _hinted, "to_megatron": _to_megatron, "to_hf": _to_hf,
+    "memory": _memory,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Converts whole models between a Hugging Face folder and a Megatron checkpoint, one parameter in
 memory at a time, and compares the two bit for bit.
 
-    OUT/                 a checkpoint in Megatron's `torch_dist` format: loads at any layout
-    OUT/hf/              config, tokenizer, processor, chat template of the Hugging Face folder
-    OUT/hf/layout.json   which file held which tensor, for the way back
+    OUT/                   a checkpoint in Megatron's `torch_dist` format: loads at any layout
+    OUT/hf/                config, tokenizer, processor, chat template of the Hugging Face folder
+    OUT/hf/hf_layout.json  which file held which tensor, for the way back
 
 A result is written beside its name and renamed when all of it is on disk.
 
@@ -44,7 +44,7 @@ from megatron_mmr1.convert.hf_files import (
 from megatron_mmr1.convert.safetensors_file import TensorInfo
 from megatron_mmr1.convert.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
 
-_LAYOUT = "layout.json"
+_LAYOUT = "hf_layout.json"
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 OnProgress = Callable[[int, int], None]

@@ -42,6 +42,7 @@ from megatron_mmr1.convert.torch_dist import Box, TorchDistReader
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Tables that older versions of transformers saved; they follow from config.json.
 _RECOMPUTED = re.compile(r"(.*\.)?rotary_(pos_)?emb\.inv_freq")
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # chained: that of experts beside the others
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 _OUTPUT_LAYER = "language.output_layer.weight"
 
@@ -205,7 +206,7 @@ def check_megatron(plan: Plan, checkpoint: TorchDistReader) -> None:
             raise ValueError(f"{checkpoint.folder}: {parameter.box.key} is {dtype}; save in bf16")
     expected = {parameter.box.key for parameter in plan.parameters}
     unknown = sorted(
-        k for k in checkpoint.tensors.keys() - expected if not k.startswith("optimizer.")
+        k for k in checkpoint.tensors.keys() - expected if not _OPTIMIZER.match(k)
     )
     if unknown:
         raise ValueError(

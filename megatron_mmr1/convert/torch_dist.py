@@ -18,7 +18,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,15 @@ class Box:
     may_be_padded: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a global tensor as it was saved, and where."""
+
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: _StorageInfo
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name not in _ALLOWED.get(module_name, ()):
@@ -138,23 +147,26 @@ class TorchDistReader:
             raise ValueError(f"{folder} has no .metadata: its writing was never finished")
         metadata = read_metadata(folder / ".metadata")
         self.tensors: dict[str, TensorInfo] = {}
-        self._parts: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
+        # By their extent in the first dim, as a rule the layer: there may be 10,000s of experts.
+        self._parts: dict[str, dict[tuple[int, int], list[_Part]]] = {}
         try:
             for key, value in metadata.state_dict_metadata.items():
                 if isinstance(value, TensorStorageMetadata):
                     self.tensors[key] = TensorInfo(value.properties.dtype, tuple(value.size))
-                    self._parts[key] = [
-                        (chunk, metadata.storage_data[MetadataIndex(key, chunk.offsets)])
-                        for chunk in value.chunks
-                    ]
+                    self._parts[key] = {}
+                    for chunk in value.chunks:
+                        place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                        part = _Part(tuple(chunk.offsets), tuple(chunk.sizes), place)
+                        self._parts[key].setdefault(_first_dim(part), []).append(part)
         except (AttributeError, KeyError, TypeError) as error:
             raise _not_metadata(folder / ".metadata", f"it is damaged ({error!r})") from error
         self._files = self._open_files()
 
     def _open_files(self) -> dict[str, OpenFile]:
         ends: dict[str, int] = {}
-        for parts in self._parts.values():
-            for _, place in parts:
+        for groups in self._parts.values():
+            for part in (part for group in groups.values() for part in group):
+                place = part.place
                 if not is_plain_file(place.relative_path) or place.offset < 0:
                     raise _not_metadata(
                         self.folder / ".metadata", f"it points to {place.relative_path!r}"
@@ -202,24 +214,14 @@ class TorchDistReader:
         """
         out: Tensor | None = None
         num_found = 0
-        for chunk, place in self._parts[box.key]:
-            low = [max(a, b) for a, b in zip(box.offset, chunk.offsets, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(
-                    box.offset, box.sizes, chunk.offsets, chunk.sizes, strict=True
-                )
-            ]
-            sizes = [max(0, b - a) for a, b in zip(low, high, strict=True)]
-            if not torch.Size(sizes).numel():
-                continue
-            part = self._read_part(box.key, tuple(chunk.sizes), place)
-            if tuple(sizes) == box.sizes == tuple(chunk.sizes):
-                return part
+        for part in self._parts_in(box):
+            tensor = self._read_part(box.key, part)
+            if (part.offset, part.sizes) == (box.offset, box.sizes):
+                return tensor
             if out is None:
                 out = torch.empty(box.sizes, dtype=self.tensors[box.key].dtype)
-            inside = _slices(low, sizes, box.offset)
-            out[inside] = part[_slices(low, sizes, chunk.offsets)]
+            low, sizes = _overlap(box, part)
+            out[_slices(low, sizes, box.offset)] = tensor[_slices(low, sizes, part.offset)]
             num_found += torch.Size(sizes).numel()
         if out is None or num_found != out.numel():
             raise ValueError(
@@ -229,36 +231,31 @@ class TorchDistReader:
         return out
 
     def will_need(self, box: Box) -> None:
-        """Have the system read a box ahead, if it is one part."""
-        for chunk, place in self._parts[box.key]:
-            if tuple(chunk.offsets) == box.offset:
-                self._files[place.relative_path].will_need(place.offset, place.length)
+        """Have the system read a box ahead."""
+        for part in self._parts_in(box):
+            self._files[part.place.relative_path].will_need(part.place.offset, part.place.length)
 
     def position(self, box: Box) -> tuple[str, int]:
         """Return where the first part of a box lies, to read in the order of the files."""
-        return min(
-            (
-                (place.relative_path, place.offset)
-                for chunk, place in self._parts[box.key]
-                if all(
-                    a < b + m and b < a + n
-                    for a, n, b, m in zip(
-                        box.offset, box.sizes, chunk.offsets, chunk.sizes, strict=True
-                    )
-                )
-            ),
-            default=("", 0),
-        )
+        places = [part.place for part in self._parts_in(box)]
+        return min(((place.relative_path, place.offset) for place in places), default=("", 0))
 
-    def _read_part(self, key: str, shape: tuple[int, ...], place: _StorageInfo) -> Tensor:
-        file = _Slice(self._files[place.relative_path], place.offset, place.length)
+    def _parts_in(self, box: Box) -> Iterator[_Part]:
+        start, size = _first_dim(box)
+        for (first, length), parts in self._parts[box.key].items():
+            if first < start + size and start < first + length:
+                yield from (part for part in parts if 0 not in _overlap(box, part)[1])
+
+    def _read_part(self, key: str, part: _Part) -> Tensor:
+        place = part.place
+        file: Any = _Slice(self._files[place.relative_path], place.offset, place.length)
         where = f"{self.folder / place.relative_path}: the part of {key} at byte {place.offset}"
         try:
             tensor = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{where} is damaged; copy the file again") from error
         is_tensor = isinstance(tensor, Tensor)
-        if not is_tensor or tensor.shape != shape or tensor.dtype != self.tensors[key].dtype:
+        if not is_tensor or tensor.shape != part.sizes or tensor.dtype != self.tensors[key].dtype:
             raise ValueError(f"{where} is not what .metadata says; copy the checkpoint again")
         return tensor
 
@@ -278,11 +275,11 @@ class TorchDistWriter:
     def __init__(self, folder: Path, rank: int) -> None:
         self._name = f"__{rank}_0.distcp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._file = _Appender(OpenFile(folder / self._name, flags))
+        self._file: Any = _Appender(OpenFile(folder / self._name, flags))
         self.entries: list[tuple[Box, torch.dtype | None, _StorageInfo]] = []
 
     def write(self, box: Box, tensor: Tensor) -> None:
-        """Write a box; the tensor has no memory but its own values (torch.save writes all)."""
+        """Write a box; the tensor has no memory but its own (torch.save would write all of it)."""
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
         self._save(box, tensor.reshape(box.sizes), tensor.dtype)
 
@@ -393,6 +390,17 @@ def _check_mark(folder: Path) -> None:
         raise ValueError(f"{path} cannot be read ({error!r}); copy the checkpoint again") from error
     if backend != "torch_dist":
         raise ValueError(f"{path}: sharded_backend={backend!r} is not read; save as 'torch_dist'")
+
+
+def _first_dim(place: Box | _Part) -> tuple[int, int]:
+    return (place.offset[0], place.sizes[0]) if place.sizes else (0, 1)
+
+
+def _overlap(box: Box, part: _Part) -> tuple[list[int], list[int]]:
+    """Return the first element and the sizes of what a box and a part share."""
+    low = [max(a, b) for a, b in zip(box.offset, part.offset, strict=True)]
+    ends = zip(low, box.offset, box.sizes, part.offset, part.sizes, strict=True)
+    return low, [max(0, min(a + n, b + m) - at) for at, a, n, b, m in ends]
 
 
 def _slices(low: Sequence[int], sizes: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -22,18 +22,20 @@ def anonymous_bytes() -> int:
 class PeakMemory:
     """A context that watches from a thread.
 
+    Args:
+        before: anonymous memory to compare with; None: what it is on entering.
+
     Attributes:
-        growth_bytes: the largest growth since the context was entered.
+        growth_bytes: the largest growth while the context was open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: int | None = None) -> None:
         self.growth_bytes = 0
-        self._before = 0
+        self._before = anonymous_bytes() if before is None else before
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> PeakMemory:
-        self._before = anonymous_bytes()
         self._thread.start()
         return self
 
