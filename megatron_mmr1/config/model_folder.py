@@ -19,7 +19,7 @@ _SINGLE = "model.safetensors"
 
 
 def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
-    """Refuse a folder without a model config, tokenizer or processor.
+    """Refuse a folder without a model config or tokenizer, or with a vision tower and no processor.
 
     Args:
         folder: the model folder.
@@ -36,11 +36,19 @@ def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
             "`python -m megatron_mmr1.sft run=demo`)"
         )
     for what, names in _PROCESSOR_FILES.items():
+        if what == "processor" and not has_vision(folder):
+            continue
         if not any((folder / name).is_file() for name in names):
             raise ValueError(
                 f"{key}={str(folder)!r} has no {what} ({' or '.join(names)}); "
                 "copy it there from the original model"
             )
+
+
+def has_vision(folder: str | Path) -> bool:
+    """Whether config.json tells of a vision tower."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return config.get("vision_config") is not None
 
 
 def check_model_folder(folder: str | Path, key: str = "model.path") -> None:

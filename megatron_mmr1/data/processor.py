@@ -1,7 +1,8 @@
 """Question and images to the tokens and pixels that a model folder expects.
 
 Owns the only call of the Hugging Face processor: its result, a `Prompt`, feeds rollout and training
-alike. Uses the folder's own chat template. Does not own rows and files (dataset.py).
+alike. Uses the folder's own chat template. What differs between families stands in image_tokens.py
+and tokenizer.py. Does not own rows and files (dataset.py).
 """
 
 from __future__ import annotations
@@ -14,27 +15,21 @@ from typing import Any
 import torch
 from PIL import Image
 
-from megatron_mmr1.config.model_folder import check_processor_files
+from megatron_mmr1.config.model_folder import check_processor_files, has_vision
+from megatron_mmr1.data.image_tokens import ImageTokens, NoImages, image_tokens
 from megatron_mmr1.data.images import decode_image
-from megatron_mmr1.data.mrope import mrope_positions
+from megatron_mmr1.data.tokenizer import has_sentencepiece_alone, text_encoder
 from megatron_mmr1.types import Prompt
 
 IMAGE_TAG = "<image>"
-_VISION_TOKEN_KEYS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "vision_token_id",
-)
 
 
 class PromptProcessor:
     """The tokenizer, chat template and image processor of one model folder.
 
     Attributes:
-        tokenizer: the Hugging Face tokenizer.
-        image_token_id: the placeholder of one visual token.
+        tokenizer: the Hugging Face tokenizer. To encode text, call `encode`.
+        image_token_id: the placeholder of one visual token; -1 for a model of text alone.
         spatial_merge_size: patches merged into a visual token along each side.
         banned_token_ids: sorted; image, video and vision marker tokens, which no response may hold:
             a sampled placeholder breaks the match of tokens and image features.
@@ -51,14 +46,16 @@ class PromptProcessor:
         folder = Path(model_folder)
         check_processor_files(folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "image_token_id" not in config or "vision_config" not in config:
-            raise ValueError(
-                f"{folder / 'config.json'} has no image_token_id or no vision_config; "
-                "give the folder of a Qwen2.5-VL model"
-            )
-        from transformers import AutoProcessor
+        from transformers import AutoProcessor, AutoTokenizer
 
-        self._processor: Any = AutoProcessor.from_pretrained(
+        is_multimodal = has_vision(folder)
+        if is_multimodal and has_sentencepiece_alone(folder):
+            raise ValueError(
+                f"{folder} has images and tokenizer.model alone, which the Hugging Face processor "
+                "does not encode as sentencepiece does; copy tokenizer.json of the model there"
+            )
+        auto_class: Any = AutoProcessor if is_multimodal else AutoTokenizer
+        self._processor: Any = auto_class.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
         if self._processor.chat_template is None:
@@ -66,14 +63,17 @@ class PromptProcessor:
                 f"{folder} has no chat template; copy chat_template.json or chat_template.jinja "
                 "of the model there"
             )
-        _check_same_sizes(folder, config["vision_config"], self._processor.image_processor)
-        self.tokenizer: Any = self._processor.tokenizer
-        self.image_token_id: int = config["image_token_id"]
-        self.spatial_merge_size: int = config["vision_config"].get("spatial_merge_size", 2)
-        self.banned_token_ids: tuple[int, ...] = tuple(
-            sorted(config[key] for key in _VISION_TOKEN_KEYS if key in config)
+        self._images: ImageTokens = (
+            image_tokens(folder, config, self._processor)
+            if is_multimodal
+            else NoImages(config.get("model_type", ""))
         )
+        self.tokenizer: Any = self._processor.tokenizer if is_multimodal else self._processor
+        self.image_token_id: int = self._images.image_token_id
+        self.spatial_merge_size: int = self._images.spatial_merge_size
+        self.banned_token_ids: tuple[int, ...] = self._images.banned_token_ids
         self.end_of_turn_id: int = self.tokenizer.eos_token_id
+        self._encode = text_encoder(folder, self.tokenizer)
 
     def prompt(
         self,
@@ -96,17 +96,22 @@ class PromptProcessor:
             ValueError: tags and images differ in number, or an image is refused.
         """
         text = self.render(question, len(images))
-        pictures = [decode_image(data) for data in images]
-        inputs = self._processor(text=[text], images=pictures or None, return_tensors="pt")
-        token_ids = inputs["input_ids"][0]
-        image_grid_thw = inputs["image_grid_thw"] if pictures else None
+        if images:
+            pictures = [decode_image(data) for data in images]
+            # The template has the beginning-of-text token, where a model has one.
+            inputs = self._processor(
+                text=[text], images=pictures, add_special_tokens=False, return_tensors="pt"
+            )
+            token_ids = inputs["input_ids"][0]
+            pixel_values, image_grid_thw = inputs["pixel_values"].float(), self._images.grid(inputs)
+        else:
+            token_ids = torch.tensor(self._encode(text), dtype=torch.int64)
+            pixel_values = image_grid_thw = None
         return Prompt(
             prompt_id=prompt_id,
             token_ids=token_ids,
-            position_ids=mrope_positions(
-                token_ids, image_grid_thw, self.image_token_id, self.spatial_merge_size
-            ),
-            pixel_values=inputs["pixel_values"].float() if pictures else None,
+            position_ids=self._images.positions(token_ids, image_grid_thw),
+            pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
             answer=answer,
             category=category,
@@ -118,16 +123,23 @@ class PromptProcessor:
         """Apply the chat template to one user turn; each image is still one placeholder.
 
         Raises:
-            ValueError: the number of `<image>` tags is not `num_images`.
+            ValueError: the number of `<image>` tags is not `num_images`, or the model takes none.
         """
         texts = question.split(IMAGE_TAG)
         if len(texts) - 1 != num_images:
             raise ValueError(f"{len(texts) - 1} {IMAGE_TAG} tags for {num_images} images")
+        if isinstance(self._images, NoImages):
+            if num_images:
+                raise self._images.refusal()
+            return self._rendered(question)
         content = [{"type": "text", "text": texts[0]}] if texts[0] else []
         for text in texts[1:]:
             content.append({"type": "image"})
             if text:
                 content.append({"type": "text", "text": text})
+        return self._rendered(content)
+
+    def _rendered(self, content: str | list[dict[str, str]]) -> str:
         return self._processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
@@ -142,14 +154,12 @@ class PromptProcessor:
         num_placeholders = token_ids.count(self.image_token_id)
         if num_placeholders != len(pictures):
             raise ValueError(f"{num_placeholders} image placeholders for {len(pictures)} images")
-        merged = self.spatial_merge_size**2
-        num_visual_tokens = sum(self.count_patches(picture) // merged for picture in pictures)
+        num_visual_tokens = sum(self._images.count(picture)[0] for picture in pictures)
         return len(token_ids) - num_placeholders + num_visual_tokens
 
     def count_patches(self, picture: Image.Image) -> int:
         """The patches that an image will be cut into, without processing pixels."""
-        image_processor = self._processor.image_processor
-        return image_processor.get_number_of_image_patches(picture.height, picture.width)
+        return self._images.count(picture)[1]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text as it stands, nothing added.
@@ -157,7 +167,7 @@ class PromptProcessor:
         Raises:
             ValueError: the tokenizer has no token for a part of the text.
         """
-        token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        token_ids = self._encode(text)
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in token_ids:
             raise ValueError("the tokenizer has no token for a part of the text")
@@ -174,16 +184,3 @@ class PromptProcessor:
         if banned:
             raise ValueError(f"the response holds the vision tokens {sorted(banned)}")
         return torch.tensor([*token_ids, self.end_of_turn_id])
-
-
-def _check_same_sizes(folder: Path, vision_config: dict[str, Any], image_processor: Any) -> None:
-    """Refuse an image processor of another model: its image tokens would not match their grid."""
-    defaults = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-    for key, default in defaults.items():
-        name = "merge_size" if key == "spatial_merge_size" else key
-        expected, found = vision_config.get(key, default), getattr(image_processor, name)
-        if found != expected:
-            raise ValueError(
-                f"{folder}: the image processor has {name}={found}, but vision_config.{key}="
-                f"{expected} in config.json; copy the processor files of the same model"
-            )
