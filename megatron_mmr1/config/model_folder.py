@@ -36,7 +36,7 @@ def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
             "`python -m megatron_mmr1.sft run=demo`)"
         )
     for what, names in _PROCESSOR_FILES.items():
-        if what == "processor" and not has_vision(folder):
+        if what == "processor" and not has_vision(folder, key):
             continue
         if not any((folder / name).is_file() for name in names):
             raise ValueError(
@@ -45,9 +45,18 @@ def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
             )
 
 
-def has_vision(folder: str | Path) -> bool:
-    """Whether config.json tells of a vision tower."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+def has_vision(folder: str | Path, key: str = "model.path") -> bool:
+    """Whether config.json tells of a vision tower.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{key}={str(folder)!r}: config.json is not JSON ({error}); copy it from the model"
+        ) from error
     return config.get("vision_config") is not None
 
 

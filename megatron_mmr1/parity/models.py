@@ -1,14 +1,12 @@
 """A tiny random model of every family, as an ordinary Hugging Face folder, for the checks.
 
-Owns the sizes and files of these models; tokens, chat template and folder writing are those of
-data/tiny_model.py. Every parameter differs from what its kind is initialised to, so that a swapped
-norm or a forgotten bias is noticed.
+Owns their configs and weights; tokens and processors are those of data/tiny_processors.py, sizes
+those of data/tiny_model.py. Every parameter differs from what its kind is initialised to, so that a
+swapped norm or a forgotten bias is noticed.
 """
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,67 +15,14 @@ from typing import Any
 import torch
 
 from megatron_mmr1.data import tiny_model
-from megatron_mmr1.data.tiny_model import (
-    CHAT_TEMPLATE,
-    IMAGE_MEAN,
-    IMAGE_STD,
-    MAX_POSITIONS,
-    TEXT_SIZES,
-    VISION_SIZES,
-)
+from megatron_mmr1.data import tiny_processors as processors
+from megatron_mmr1.data.tiny_model import MAX_POSITIONS, TEXT_SIZES, VISION_SIZES
+from megatron_mmr1.data.tiny_processors import TILE_SIZE, TILE_TOKENS
 
 HEAD_DIM = 32
 # Interleaved: every third of the 16 frequencies turns with height, the next with width.
 INTERLEAVED_SECTION = [6, 5, 5]
 NUM_EXPERTS, EXPERT_SIZE, TOP_K = 4, 64, 2
-TILE_SIZE, TILE_TOKENS = 56, 4  # InternVL: 4 x 4 patches of 14 pixels, merged 2 x 2
-
-INTERNVL_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
-_INTERNVL_SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *INTERNVL_TOKENS.values(),
-    "<unk>",
-]
-_INTERNVL_TEMPLATE = CHAT_TEMPLATE.replace(
-    "<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n"
-)
-_LLAMA3_SPECIAL_TOKENS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<unk>",
-]
-_LLAMA3_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages -%}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
-{{- message['content'] + '<|eot_id|>' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{%- endif -%}
-"""
-# Of Llama 2 and Mistral: one form serves both.
-_INST_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-{{- '[INST] ' + message['content'] + ' [/INST]' }}
-{%- else -%}
-{{- ' ' + message['content'] + eos_token }}
-{%- endif -%}
-{%- endfor -%}
-"""
-_SENTENCEPIECE_SIZE = 400  # 3 control pieces and 256 bytes among them
 
 
 @dataclass(frozen=True)
@@ -85,9 +30,8 @@ class _Family:
     """How one family's folder is made.
 
     Attributes:
-        config: (vocabulary size, is tied) to the Hugging Face config.
-        write_processor: writes tokenizer, chat template and processor, returns the tokenizer's
-            size and the ids for the config: bos, eos and pad, and those of vision tokens.
+        config: (vocabulary size, ids of its special tokens, is tied) to the Hugging Face config.
+        write_processor: one of data/tiny_processors.py; returns that size and those ids.
     """
 
     config: Callable[[int, dict[str, int], bool], Any]
@@ -152,7 +96,7 @@ def _random_model(config: Any, seed: int) -> Any:
     return model
 
 
-# Configs: (vocabulary size, token ids, is tied) to the Hugging Face config
+# Configs. For the arguments see _Family.config.
 
 
 def _text(vocab_size: int, ids: dict[str, int], is_tied: bool) -> dict[str, Any]:
@@ -185,9 +129,9 @@ def _qwen3(vocab_size: int, ids: dict[str, int], is_tied: bool) -> Any:
 def _qwen3_moe(vocab_size: int, ids: dict[str, int], is_tied: bool) -> Any:
     from transformers import Qwen3MoeConfig
 
+    text: dict[str, Any] = {**_text(vocab_size, ids, is_tied), "head_dim": HEAD_DIM}
     return Qwen3MoeConfig(
-        **_text(vocab_size, ids, is_tied),
-        head_dim=HEAD_DIM,
+        **text,
         num_experts=NUM_EXPERTS,
         num_experts_per_tok=TOP_K,
         moe_intermediate_size=EXPERT_SIZE,
@@ -251,7 +195,7 @@ def _qwen3_vl(vocab_size: int, ids: dict[str, int], is_tied: bool) -> Any:
     """Two deepstack layers, so that they fit in the first half of the text layers."""
     from transformers import Qwen3VLConfig
 
-    text = _text(vocab_size, ids, is_tied) | {"head_dim": HEAD_DIM}
+    text: dict[str, Any] = {**_text(vocab_size, ids, is_tied), "head_dim": HEAD_DIM}
     text["rope_parameters"] |= {"mrope_section": INTERLEAVED_SECTION, "mrope_interleaved": True}
     return Qwen3VLConfig(
         text_config=text,
@@ -268,7 +212,7 @@ def _qwen3_vl(vocab_size: int, ids: dict[str, int], is_tied: bool) -> Any:
     )
 
 
-def _vision_ids(ids: dict[str, int]) -> dict[str, int]:
+def _vision_ids(ids: dict[str, int]) -> dict[str, Any]:
     return {key: ids[key] for key in ids if key.startswith(("image_", "video_", "vision_"))}
 
 
@@ -302,149 +246,16 @@ def _internvl_llama(vocab_size: int, ids: dict[str, int], is_tied: bool) -> Any:
     return _internvl_config(_llama2(vocab_size, ids, is_tied), ids["image_token_id"], is_tied)
 
 
-# Processors: write the files, return the vocabulary's size and the token ids
-
-
-def _write_qwen_vl(folder: Path, class_name: str, patch_size: int = 14) -> Any:
-    processor = tiny_model.build_qwen_processor(class_name, patch_size)
-    processor.save_pretrained(folder)
-    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-    names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
-    vision_ids = {f"{key}_token_id": tiny_model.token_id(token) for key, token in names.items()}
-    return len(processor.tokenizer), {**tiny_model.end_ids(), **vision_ids}
-
-
-def _write_qwen2_5_vl(folder: Path) -> Any:
-    return _write_qwen_vl(folder, "Qwen2_5_VLProcessor")
-
-
-def _write_qwen2_vl(folder: Path) -> Any:
-    return _write_qwen_vl(folder, "Qwen2VLProcessor")
-
-
-def _write_qwen3_vl(folder: Path) -> Any:
-    return _write_qwen_vl(folder, "Qwen3VLProcessor", patch_size=16)
-
-
-def _write_internvl(folder: Path) -> Any:
-    """At most four tiles an image, and a thumbnail."""
-    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
-
-    tokenizer = tiny_model.build_word_tokenizer(
-        _INTERNVL_SPECIAL_TOKENS, model_specific_special_tokens=INTERNVL_TOKENS
-    )
-    size = {"height": TILE_SIZE, "width": TILE_SIZE}
-    look = {"image_mean": [IMAGE_MEAN] * 3, "image_std": [IMAGE_STD] * 3}
-    InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(
-            size=size, crop_to_patches=True, max_patches=4, **look
-        ),
-        tokenizer=tokenizer,
-        video_processor=InternVLVideoProcessor(size=size, **look),
-        image_seq_length=TILE_TOKENS,
-        chat_template=_INTERNVL_TEMPLATE,
-    ).save_pretrained(folder)
-    ids = _ids_of(tokenizer) | {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
-    return len(tokenizer), ids
-
-
-def _write_qwen_text(folder: Path) -> Any:
-    tokenizer = tiny_model.build_word_tokenizer(chat_template=CHAT_TEMPLATE)
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer), _ids_of(tokenizer)
-
-
-def _write_llama3(folder: Path) -> Any:
-    """Like the published tokenizer, it puts BOS before every text unless told not to."""
-    from tokenizers import processors
-
-    bos = _LLAMA3_SPECIAL_TOKENS[0]
-    tokenizer = tiny_model.build_word_tokenizer(
-        _LLAMA3_SPECIAL_TOKENS,
-        bos_token=bos,
-        eos_token="<|eot_id|>",
-        pad_token="<|end_of_text|>",
-        chat_template=_LLAMA3_TEMPLATE,
-    )
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, 0)]
-    )
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer), _ids_of(tokenizer)
-
-
-def _ids_of(tokenizer: Any) -> dict[str, int]:
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _write_llama2(folder: Path) -> Any:
-    return _write_sentencepiece(folder, is_legacy=False)
-
-
-def _write_mistral(folder: Path) -> Any:
-    return _write_sentencepiece(folder, is_legacy=True)
-
-
-def _write_sentencepiece(folder: Path, is_legacy: bool) -> Any:
-    """A folder whose tokenizer is `tokenizer.model` alone, trained here on the task's words."""
-    import sentencepiece
-
-    words = "".join(tiny_model.QUESTION_TOKENS) + " " + " ".join(tiny_model.RESPONSE_TOKENS)
-    sentences = [words, words.lower(), *(f"{a} plus {a + 1} is {2 * a + 1}" for a in range(40))]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=_SENTENCEPIECE_SIZE,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        character_coverage=1.0,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "add_bos_token": True,
-                "add_eos_token": False,
-                "bos_token": "<s>",
-                "chat_template": _INST_TEMPLATE,
-                "clean_up_tokenization_spaces": False,
-                "eos_token": "</s>",
-                "legacy": is_legacy,
-                "model_max_length": MAX_POSITIONS,
-                "pad_token": None,
-                "sp_model_kwargs": {},
-                "tokenizer_class": "LlamaTokenizer",
-                "unk_token": "<unk>",
-                "use_default_system_prompt": False,
-            },
-            indent=2,
-        ),
-        encoding="utf-8",
-    )
-    return _SENTENCEPIECE_SIZE, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
 FAMILIES_TINY = {
-    "qwen2_5_vl": _Family(_qwen2_5_vl, _write_qwen2_5_vl),
-    "qwen2_vl": _Family(_qwen2_vl, _write_qwen2_vl),
-    "qwen3_vl": _Family(_qwen3_vl, _write_qwen3_vl),
-    "internvl_qwen2": _Family(_internvl_qwen2, _write_internvl),
-    "internvl_llama": _Family(_internvl_llama, _write_internvl),
-    "qwen2": _Family(_qwen2, _write_qwen_text),
-    "qwen3": _Family(_qwen3, _write_qwen_text),
-    "qwen3_moe": _Family(_qwen3_moe, _write_qwen_text),
-    "llama": _Family(_llama, _write_llama3),
-    "llama_sentencepiece": _Family(_llama2, _write_llama2),
-    "mistral_sentencepiece": _Family(_mistral, _write_mistral),
+    "qwen2_5_vl": _Family(_qwen2_5_vl, processors.write_qwen2_5_vl),
+    "qwen2_vl": _Family(_qwen2_vl, processors.write_qwen2_vl),
+    "qwen3_vl": _Family(_qwen3_vl, processors.write_qwen3_vl),
+    "internvl_qwen2": _Family(_internvl_qwen2, processors.write_internvl),
+    "internvl_llama": _Family(_internvl_llama, processors.write_internvl),
+    "qwen2": _Family(_qwen2, processors.write_qwen_text),
+    "qwen3": _Family(_qwen3, processors.write_qwen_text),
+    "qwen3_moe": _Family(_qwen3_moe, processors.write_qwen_text),
+    "llama": _Family(_llama, processors.write_llama3),
+    "llama_sentencepiece": _Family(_llama2, processors.write_llama2),
+    "mistral_sentencepiece": _Family(_mistral, processors.write_mistral),
 }
