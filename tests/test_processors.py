@@ -221,6 +221,30 @@ def test_a_prompt_begins_once(tiny_folder: TinyFolder, name: str) -> None:
     assert processor.tokenizer(processor.render("Sum?", 0))["input_ids"][:2] == [bos, bos]
 
 
+def test_a_prompt_with_images_begins_only_as_its_template_says(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    """Also where the tokenizer, as InternLM2's, would add BOS."""
+    folder = shutil.copytree(tiny_folder("internvl_llama"), tmp_path / "model")
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    adds_bos = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    edit_json(folder / "tokenizer.json", lambda content: content.update(post_processor=adds_bos))
+    processor = PromptProcessor(folder)
+    assert processor.tokenizer("Sum")["input_ids"][0] == 0
+    prompt = processor.prompt("a", "<image>Sum?", [png(56, 56)])
+    assert 0 not in prompt.token_ids.tolist()
+    assert processor.count_tokens("<image>Sum?", [decode_image(png(56, 56))]) == len(
+        prompt.token_ids
+    )
+
+
 @pytest.mark.parametrize("name", ["qwen2", "internvl_qwen2"])
 def test_a_folder_without_chat_template_is_refused(
     tiny_folder: TinyFolder, tmp_path: Path, name: str

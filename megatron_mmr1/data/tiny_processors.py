@@ -107,8 +107,8 @@ def write_internvl(folder: Path) -> Written:
         image_seq_length=TILE_TOKENS,
         chat_template=_INTERNVL_TEMPLATE,
     ).save_pretrained(folder)
-    ids = _ids_of(tokenizer) | {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
-    return len(tokenizer), ids
+    image_token_id = _INTERNVL_SPECIAL_TOKENS.index("<IMG_CONTEXT>")  # they come first
+    return len(tokenizer), {**_ids_of(tokenizer), "image_token_id": image_token_id}
 
 
 def write_qwen_text(folder: Path) -> Written:
