@@ -136,6 +136,7 @@ def test_internvl_tiles_are_those_of_hugging_face_whatever_the_folder_says_of_cr
     assert prompt.image_grid_thw is not None and len(prompt.image_grid_thw) == 3
     picture = decode_image(png(112, 56))
     assert processor.count_tokens("<image>Sum?", [picture]) == len(prompt.token_ids)
+    assert processor.count_patches(picture) == 3 * 4 * 4
 
 
 @pytest.mark.parametrize(
