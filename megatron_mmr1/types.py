@@ -23,9 +23,12 @@ class Prompt:
     Attributes:
         prompt_id: unique in its data set; the GRPO group's name.
         token_ids: int64 [S], chat template applied, image placeholders expanded.
-        position_ids: int64 [3, S], multimodal rotary positions (temporal, height, width).
+        position_ids: int64 [3, S], multimodal rotary positions (temporal, height, width). All three
+            count from 0 where the model has only one kind.
         pixel_values: float32 [patches, patch_dim] of all images in order, or None without images.
+            InternVL: [tiles, 3, height, width].
         image_grid_thw: int64 [I, 3], patches along (time, height, width) of each image, or None.
+            InternVL: of each tile.
         answer: the gold answer.
         category: what the data set calls this kind of question ("" when it has no name for it).
         images: the encoded image files, for the report's table (not for the model).

@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as device.prepare_process does on a CPU
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from megatron_mmr1.data.tiny_model import build_tiny_qwen2_5_vl
 
     return build_tiny_qwen2_5_vl(tmp_path_factory.mktemp("models") / "tiny_qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model of a family, by its name in parity/models.py. Read only: it is shared."""
+    from functools import cache
+
+    from megatron_mmr1.parity.models import build_tiny
+
+    folder = tmp_path_factory.mktemp("families")
+    return cache(lambda name: build_tiny(name, folder / name))
 
 
 @pytest.fixture(scope="session")

@@ -344,24 +344,22 @@ def test_a_bad_evaluation_setting_gives_key_value_and_remedy(
 
 
 def test_an_incomplete_model_folder_names_what_it_lacks(tmp_path: Path):
-    for name, lacking in [
-        ("config.json", "config.json"),
-        ("tokenizer.json", "tokenizer.json or vocab.json"),
-        ("preprocessor_config.json", "preprocessor_config.json"),
-        ("model.safetensors", "neither model.safetensors"),
+    for name, content, lacking in [
+        ("config.json", '{"vision_config": {}}', "config.json"),
+        ("tokenizer.json", "", "tokenizer.json or vocab.json"),
+        ("preprocessor_config.json", "", "preprocessor_config.json"),
+        ("model.safetensors", "", "neither model.safetensors"),
     ]:
         assert lacking in message_of(check_model_folder, tmp_path)
-        (tmp_path / name).write_text('{"vision_config": {}}')
+        (tmp_path / name).write_text(content)
+    check_model_folder(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert "has no processor" in message_of(check_model_folder, tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # a model of text alone needs none
     check_model_folder(tmp_path)
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "lacks model-2.safetensors" in message_of(check_model_folder, tmp_path)
-
-
-def test_a_text_model_needs_no_image_processor(tmp_path: Path):
-    for name in ("config.json", "tokenizer.model", "model.safetensors"):
-        (tmp_path / name).write_text("{}")
-    check_model_folder(tmp_path)
 
 
 @pytest.mark.parametrize("module", ["no_such_module", "no_such_parent.core", "json.no_such"])

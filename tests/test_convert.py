@@ -25,7 +25,7 @@ from megatron_mmr1.backend.conversion import convert_hf_to_megatron, convert_meg
 from megatron_mmr1.convert import family_of, read_config
 from megatron_mmr1.convert.hf_files import HfWeights, write_hf_folder
 from megatron_mmr1.data.tiny_model import build_tiny_qwen2_5_vl
-from megatron_mmr1.parity.models import NAMES, build_tiny
+from megatron_mmr1.parity.models import TINY_MODELS, build_tiny
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -482,7 +482,7 @@ def test_an_exported_folder_is_cut_into_shards_as_it_is_written(
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_family_goes_there_and_back_byte_for_byte(name: str, tmp_path: Path):
     """Every tensor once: neither direction takes a tensor that it doesn't know, or leaves one."""
     hf, megatron, back = tmp_path / "hf", tmp_path / "megatron", tmp_path / "back"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from launched import assert_held, case_names, launch
+
 from megatron_mmr1.parity.models import build_tiny
 
 pytestmark = pytest.mark.distributed

@@ -15,13 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_mmr1.parity.models import build_tiny
-
 from megatron_mmr1.cli import load_config, run_main
+from megatron_mmr1.config.model_folder import has_vision
 from megatron_mmr1.config.schema import ParityConfig
 from megatron_mmr1.config.validate import validate_parity
 from megatron_mmr1.parity.layouts import CONTROLS, LAYOUTS, Layout
 from megatron_mmr1.parity.matrix import Cell, Compared, cells_of, run_matrix
+from megatron_mmr1.parity.models import build_tiny
 from megatron_mmr1.parity.table import as_html, as_markdown, is_good, summary, tables
 
 _HEADING = "Parity of every parallel layout"
@@ -90,8 +90,9 @@ def _one_layout(config: ParityConfig) -> list[Cell]:
         dtype=config.model.dtype,
         freeze_vision=config.model.freeze_vision,
         is_own_model=True,
+        kinds=() if has_vision(config.model.path) else ("text",),
     )
-    alone = Layout("one process", ParityConfig().parallel, dtype=config.model.dtype)
+    alone = Layout("one process", ParityConfig().parallel, dtype=asked.dtype, kinds=asked.kinds)
     layouts = [asked] if asked.num_ranks == 1 else [alone, asked]
     return cells_of(layouts, (), lambda layout: config.model.path)
 

@@ -34,15 +34,15 @@ from megatron_mmr1.convert import (
     read_config,
     required_hf_names,
 )
+from megatron_mmr1.convert.family import RECOMPUTED
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.convert.rules import merge, split
 from megatron_mmr1.convert.safetensors_file import TensorInfo
 from megatron_mmr1.convert.torch_dist import Box, TorchDistReader
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Tables that older versions of transformers saved; they follow from config.json.
-_RECOMPUTED = re.compile(r"(.*\.)?rotary_(pos_)?emb\.inv_freq")
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # chained: that of experts beside the others
+# Chained: the experts' optimizer beside that of all others.
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 _OUTPUT_LAYER = "language.output_layer.weight"
 
@@ -183,7 +183,7 @@ def check_hf(plan: Plan, weights: HfWeights) -> list[str]:
                 f"{weights.folder}: config.json ties {name} to {original}, but their values "
                 "differ; set tie_word_embeddings to false, or remove one"
             )
-        is_known = original is not None or _RECOMPUTED.fullmatch(name)
+        is_known = original is not None or RECOMPUTED.fullmatch(name)
         (skipped if is_known else unknown).append(name)
     if unknown:
         raise ValueError(
@@ -205,9 +205,7 @@ def check_megatron(plan: Plan, checkpoint: TorchDistReader) -> None:
         if dtype not in _FLOATS:
             raise ValueError(f"{checkpoint.folder}: {parameter.box.key} is {dtype}; save in bf16")
     expected = {parameter.box.key for parameter in plan.parameters}
-    unknown = sorted(
-        k for k in checkpoint.tensors.keys() - expected if not _OPTIMIZER.match(k)
-    )
+    unknown = sorted(k for k in checkpoint.tensors.keys() - expected if not _OPTIMIZER.match(k))
     if unknown:
         raise ValueError(
             f"{checkpoint.folder}: the model that config.json describes has no {_some(unknown)}; "

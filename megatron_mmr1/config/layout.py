@@ -61,7 +61,8 @@ class ModelSizes:
             layers,
             intermediate,
             vision.get("num_heads") or vision.get("num_attention_heads") or heads,
-            text.get("num_experts") or 0,
+            # On the hub, and as transformers 5 writes it.
+            text.get("num_experts") or text.get("num_local_experts") or 0,
             len(vision.get("deepstack_visual_indexes") or ()),
         )
 

@@ -13,14 +13,14 @@ from typing import Any
 _PROCESSOR_FILES = {
     "model config": ("config.json",),
     "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model"),
+    "processor": ("preprocessor_config.json", "processor_config.json"),
 }
-_IMAGE_FILES = {"processor": ("preprocessor_config.json", "processor_config.json")}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
-    """Refuse a folder without a model config or tokenizer, or, with a vision tower, processor.
+    """Refuse a folder without a model config or tokenizer, or with a vision tower and no processor.
 
     Args:
         folder: the model folder.
@@ -36,14 +36,29 @@ def check_processor_files(folder: str | Path, key: str = "model.path") -> None:
             "fetched; digits: `python -m megatron_mmr1.data.digits`, then "
             "`python -m megatron_mmr1.sft run=demo`)"
         )
-    config = folder / "config.json"
-    has_images = not config.is_file() or b'"vision_config"' in config.read_bytes()
-    for what, names in (_PROCESSOR_FILES | (_IMAGE_FILES if has_images else {})).items():
+    for what, names in _PROCESSOR_FILES.items():
+        if what == "processor" and not has_vision(folder, key):
+            continue
         if not any((folder / name).is_file() for name in names):
             raise ValueError(
                 f"{key}={str(folder)!r} has no {what} ({' or '.join(names)}); "
                 "copy it there from the original model"
             )
+
+
+def has_vision(folder: str | Path, key: str = "model.path") -> bool:
+    """Whether config.json tells of a vision tower.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{key}={str(folder)!r}: config.json is not JSON ({error}); copy it from the model"
+        ) from error
+    return config.get("vision_config") is not None
 
 
 def check_model_folder(folder: str | Path, key: str = "model.path") -> None:

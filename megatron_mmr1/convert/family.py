@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_mmr1.convert.rules import Rule
+
+# Tables that older versions of transformers saved; they follow from config.json.
+RECOMPUTED = re.compile(r"(.*\.)?rotary_(pos_)?emb\.inv_freq")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Question and images to the tokens and pixels that a model folder expects.
 
 Owns the only call of the Hugging Face processor: its result, a `Prompt`, feeds rollout and training
-alike. Uses the folder's own chat template. Does not own rows and files (dataset.py).
+alike. Uses the folder's own chat template. What differs between families stands in image_tokens.py
+and tokenizer.py. Does not own rows and files (dataset.py).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from megatron_mmr1.config.model_folder import check_processor_files
-from megatron_mmr1.data.image_inputs import image_inputs_of
+from megatron_mmr1.config.model_folder import check_processor_files, has_vision
+from megatron_mmr1.data.image_tokens import ImageTokens, NoImages, image_tokens
 from megatron_mmr1.data.images import decode_image
+from megatron_mmr1.data.tokenizer import has_sentencepiece_alone, text_encoder
 from megatron_mmr1.types import Prompt
 
 IMAGE_TAG = "<image>"
@@ -26,8 +28,8 @@ class PromptProcessor:
     """The tokenizer, chat template and image processor of one model folder.
 
     Attributes:
-        tokenizer: the Hugging Face tokenizer.
-        image_token_id: the placeholder of one visual token; -1 for a text model.
+        tokenizer: the Hugging Face tokenizer. To encode text, call `encode`.
+        image_token_id: the placeholder of one visual token; -1 for a model of text alone.
         spatial_merge_size: patches merged into a visual token along each side.
         banned_token_ids: sorted; image, video and vision marker tokens, which no response may hold:
             a sampled placeholder breaks the match of tokens and image features.
@@ -46,8 +48,14 @@ class PromptProcessor:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         from transformers import AutoProcessor, AutoTokenizer
 
-        auto: Any = AutoProcessor if config.get("vision_config") else AutoTokenizer
-        self._processor: Any = auto.from_pretrained(
+        is_multimodal = has_vision(folder)
+        if is_multimodal and has_sentencepiece_alone(folder):
+            raise ValueError(
+                f"{folder} has images and tokenizer.model alone, which the Hugging Face processor "
+                "does not encode as sentencepiece does; copy tokenizer.json of the model there"
+            )
+        auto_class: Any = AutoProcessor if is_multimodal else AutoTokenizer
+        self._processor: Any = auto_class.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
         if self._processor.chat_template is None:
@@ -55,12 +63,17 @@ class PromptProcessor:
                 f"{folder} has no chat template; copy chat_template.json or chat_template.jinja "
                 "of the model there"
             )
-        self._images = image_inputs_of(folder, config, self._processor)
-        self.tokenizer: Any = getattr(self._processor, "tokenizer", self._processor)
-        self.image_token_id = self._images.image_token_id
-        self.spatial_merge_size = self._images.spatial_merge_size
-        self.banned_token_ids = self._images.banned_token_ids
+        self._images: ImageTokens = (
+            image_tokens(folder, config, self._processor)
+            if is_multimodal
+            else NoImages(config.get("model_type", ""))
+        )
+        self.tokenizer: Any = self._processor.tokenizer if is_multimodal else self._processor
+        self.image_token_id: int = self._images.image_token_id
+        self.spatial_merge_size: int = self._images.spatial_merge_size
+        self.banned_token_ids: tuple[int, ...] = self._images.banned_token_ids
         self.end_of_turn_id: int = self.tokenizer.eos_token_id
+        self._encode = text_encoder(folder, self.tokenizer)
 
     def prompt(
         self,
@@ -83,8 +96,17 @@ class PromptProcessor:
             ValueError: tags and images differ in number, or an image is refused.
         """
         text = self.render(question, len(images))
-        pictures = [decode_image(data) for data in images]
-        token_ids, pixel_values, image_grid_thw = self._images.process(text, pictures)
+        if images:
+            pictures = [decode_image(data) for data in images]
+            # The template has the beginning-of-text token, where a model has one.
+            inputs = self._processor(
+                text=[text], images=pictures, add_special_tokens=False, return_tensors="pt"
+            )
+            token_ids = inputs["input_ids"][0]
+            pixel_values, image_grid_thw = inputs["pixel_values"].float(), self._images.grid(inputs)
+        else:
+            token_ids = torch.tensor(self._encode(text), dtype=torch.int64)
+            pixel_values = image_grid_thw = None
         return Prompt(
             prompt_id=prompt_id,
             token_ids=token_ids,
@@ -101,22 +123,25 @@ class PromptProcessor:
         """Apply the chat template to one user turn; each image is still one placeholder.
 
         Raises:
-            ValueError: the number of `<image>` tags is not `num_images`.
+            ValueError: the number of `<image>` tags is not `num_images`, or the model takes none.
         """
         texts = question.split(IMAGE_TAG)
         if len(texts) - 1 != num_images:
             raise ValueError(f"{len(texts) - 1} {IMAGE_TAG} tags for {num_images} images")
+        if isinstance(self._images, NoImages):
+            if num_images:
+                raise self._images.refusal()
+            return self._rendered(question)
         content = [{"type": "text", "text": texts[0]}] if texts[0] else []
         for text in texts[1:]:
             content.append({"type": "image"})
             if text:
                 content.append({"type": "text", "text": text})
-        # Text models' templates know no parts.
-        has_parts = self.image_token_id >= 0
+        return self._rendered(content)
+
+    def _rendered(self, content: str | list[dict[str, str]]) -> str:
         return self._processor.apply_chat_template(
-            [{"role": "user", "content": content if has_parts else question}],
-            tokenize=False,
-            add_generation_prompt=True,
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
 
     def count_tokens(self, question: str, pictures: Sequence[Image.Image]) -> int:
@@ -129,12 +154,12 @@ class PromptProcessor:
         num_placeholders = token_ids.count(self.image_token_id)
         if num_placeholders != len(pictures):
             raise ValueError(f"{num_placeholders} image placeholders for {len(pictures)} images")
-        num_visual_tokens = sum(self._images.num_tokens(picture) for picture in pictures)
+        num_visual_tokens = sum(self._images.count(picture)[0] for picture in pictures)
         return len(token_ids) - num_placeholders + num_visual_tokens
 
     def count_patches(self, picture: Image.Image) -> int:
         """The patches that an image will be cut into, without processing pixels."""
-        return self._images.num_patches(picture)
+        return self._images.count(picture)[1]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text as it stands, nothing added.
@@ -142,7 +167,7 @@ class PromptProcessor:
         Raises:
             ValueError: the tokenizer has no token for a part of the text.
         """
-        token_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        token_ids = self._encode(text)
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in token_ids:
             raise ValueError("the tokenizer has no token for a part of the text")

@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 # Head dimension 32: vLLM's CPU attention has kernels for 32, 64, 80, 96, 112 and 128 only.
 TEXT_SIZES = {
@@ -36,7 +37,6 @@ MAX_POSITIONS = 2048
 # RMSNorm doesn't remove: after 300 steps of cold start 3% of three-digit readings were right; with
 # these, 73% (one run each).
 IMAGE_MEAN, IMAGE_STD = 0.78, 0.31
-VISUAL_TOKEN_PIXELS = 28 * 28  # patch 14, merged 2 x 2
 MAX_VISUAL_TOKENS = 16
 
 SPECIAL_TOKENS = [
@@ -110,23 +110,31 @@ def build_tiny_qwen2_5_vl(folder: Path, seed: int = 0, tie_word_embeddings: bool
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
+    processor = build_qwen_processor("Qwen2_5_VLProcessor")
+    config = build_qwen2_5_vl_config(len(processor.tokenizer), tie_word_embeddings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config).float()
+    model.generation_config = GenerationConfig(**end_ids(), do_sample=True)
+    return write_folder(folder, model.save_pretrained, processor.save_pretrained)
+
+
+def write_folder(folder: Path, *writers: Callable[[Path], object]) -> Path:
+    """Let `writers` fill a temporary folder and put it in the place of `folder`.
+
+    Raises:
+        ValueError: `folder` holds something else than a model.
+    """
     folder = Path(folder)
     if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} exists and holds no model (no config.json); name another folder"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    processor = build_processor()
-    config = build_config(len(processor.tokenizer), tie_word_embeddings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config).float()
-    model.generation_config = GenerationConfig(**end_ids(), do_sample=True)
-
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        for write in writers:
+            write(temporary)
         temporary.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
@@ -136,16 +144,24 @@ def build_tiny_qwen2_5_vl(folder: Path, seed: int = 0, tie_word_embeddings: bool
     return folder
 
 
-def build_tokenizer(named_tokens: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+def build_word_tokenizer(
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    bos_token: str = "<|endoftext|>",
+    eos_token: str = "<|im_end|>",
+    pad_token: str = "<|endoftext|>",
+    **keywords: Any,
+) -> PreTrainedTokenizerFast:
     """One token for each word and sign of the task; any other text becomes `<unk>`.
 
     Args:
-        named_tokens: special tokens that a processor looks up by name.
+        special_tokens: the first ids of the vocabulary; `<unk>` is among them.
+        bos_token, eos_token, pad_token: which of them begins a text, ends a turn, and pads.
+        keywords: more for the Hugging Face tokenizer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = SPECIAL_TOKENS + RESPONSE_TOKENS + PROMPT_TOKENS + QUESTION_TOKENS
+    tokens = [*special_tokens, *RESPONSE_TOKENS, *PROMPT_TOKENS, *QUESTION_TOKENS]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     longest_first = sorted(tokens, key=len, reverse=True)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -154,33 +170,46 @@ def build_tokenizer(named_tokens: dict[str, str] | None = None) -> PreTrainedTok
         Regex("|".join(re.escape(token) for token in longest_first)), behavior="isolated"
     )
     tokenizer.decoder = decoders.Fuse()  # no space between tokens: decode(encode(x)) == x
+    keywords.setdefault("extra_special_tokens", [t for t in special_tokens if t != "<unk>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        bos_token="<|endoftext|>",
+        eos_token=eos_token,
+        pad_token=pad_token,
+        bos_token=bos_token,
         unk_token="<unk>",
-        extra_special_tokens=named_tokens or [t for t in SPECIAL_TOKENS if t.startswith("<|")],
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
+        **keywords,
     )
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
-    """Tokenizer, image processor and chat template. One 28 x 28 tile is one visual token."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+def build_qwen_processor(class_name: str, patch_size: int = 14) -> Any:
+    """Tokenizer, image processor and chat template of a Qwen vision-language model.
 
+    With patches of 14 pixels, one 28 x 28 tile is one visual token.
+
+    Args:
+        class_name: of the Hugging Face processor.
+        patch_size: of the vision tower.
+    """
+    import transformers
+
+    is_qwen3 = class_name == "Qwen3VLProcessor"
+    video_class = (
+        transformers.Qwen3VLVideoProcessor if is_qwen3 else transformers.Qwen2VLVideoProcessor
+    )
     # vLLM profiles its start-up with an image of `longest_edge` pixels: kept small.
-    size = {
-        "shortest_edge": VISUAL_TOKEN_PIXELS,
-        "longest_edge": VISUAL_TOKEN_PIXELS * MAX_VISUAL_TOKENS,
-    }
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            size=dict(size), image_mean=[IMAGE_MEAN] * 3, image_std=[IMAGE_STD] * 3
+    pixels = (2 * patch_size) ** 2
+    size = {"shortest_edge": pixels, "longest_edge": pixels * MAX_VISUAL_TOKENS}
+    return getattr(transformers, class_name)(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            size=dict(size),
+            patch_size=patch_size,
+            image_mean=[IMAGE_MEAN] * 3,
+            image_std=[IMAGE_STD] * 3,
         ),
-        tokenizer=build_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(size=dict(size)),
+        tokenizer=build_word_tokenizer(),
+        video_processor=video_class(size=dict(size), patch_size=patch_size),
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -200,7 +229,7 @@ def end_ids() -> dict[str, int]:
     }
 
 
-def build_config(vocab_size: int, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:
+def build_qwen2_5_vl_config(vocab_size: int, tie_word_embeddings: bool) -> Qwen2_5_VLConfig:
     """Sizes and ids above; float32."""
     from transformers import Qwen2_5_VLConfig
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_mmr1.backend.batching import Sample
 from megatron_mmr1.config.schema import AlgorithmConfig
+from megatron_mmr1.convert import family_of
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.parity.cases import make_samples
 from megatron_mmr1.parity.outcome import Outcome
@@ -90,14 +91,16 @@ def _image_arguments(model: Any, prompt: Prompt, token_ids: Tensor) -> dict[str,
 
 
 def hf_gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients by the names of the model's files, into which transformers itself turns them."""
+    """Gradients by the rules' names; transformers itself turns its own into those of the files."""
     from transformers.core_model_loading import revert_weight_conversion
 
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
     }
-    return revert_weight_conversion(model, gradients)
+    in_files = revert_weight_conversion(model, gradients)
+    spelling = family_of(model.config).spelling_of(in_files)
+    return {spelling.in_rules(name): gradient for name, gradient in in_files.items()}
 
 
 def hf_logprobs(
