@@ -57,7 +57,7 @@ def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
     policy = ours.build_policy(model, layout)
     hf_config = read_config(folder)
     family = family_of(hf_config)
-    is_bit_for_bit = _exports_its_file(policy, folder, family)
+    is_bit_for_bit = _exports_its_file(policy, folder, hf_config)
     shape = AttentionShape.of(hf_config.get_text_config())
     controls.change_policy(control, policy, family, shape)
     lines = []
