@@ -42,7 +42,8 @@ from megatron_mmr1.convert.hf_files import (
     finish_folder,
 )
 from megatron_mmr1.convert.safetensors_file import TensorInfo
-from megatron_mmr1.convert.torch_dist import TorchDistReader, TorchDistWriter, write_metadata
+from megatron_mmr1.convert.torch_dist import TorchDistReader
+from megatron_mmr1.convert.torch_dist_writer import TorchDistWriter, write_metadata
 
 _LAYOUT = "hf_layout.json"
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")

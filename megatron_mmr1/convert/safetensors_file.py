@@ -1,16 +1,12 @@
 """The safetensors format: a checked header, and tensors read and written at their offsets.
 
-Nothing is mapped and nothing kept: a tensor is read straight into its own memory, and its pages are
-given back to the system at once, so that a model may be larger than the memory.
-
-    8 bytes N | N bytes of JSON: name -> dtype, shape, data_offsets | the tensors, end to end
+8 bytes N | N bytes of JSON: name -> dtype, shape, data_offsets | the tensors, end to end
 """
 
 from __future__ import annotations
 
 import json
 import os
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_mmr1.convert.open_file import BLOCK_BYTES, OpenFile
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,7 +33,6 @@ DTYPES = {
 }
 _NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,64 +114,6 @@ def header_bytes(
     return len(padded).to_bytes(8, "little") + padded
 
 
-class OpenFile:
-    """A file's descriptor, read and written by position; pages go back to the system after use."""
-
-    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
-        self.path = path
-        self._fd = os.open(path, flags, 0o644)
-        self._close = weakref.finalize(self, os.close, self._fd)
-
-    def read_into(self, tensor: Tensor, offset: int) -> None:
-        """Fill a contiguous tensor with the bytes from `offset` on."""
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        self.read_bytes_into(view, offset)
-
-    def read_bytes_into(self, view: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from `offset` on.
-
-        Raises:
-            ValueError: the file ends before.
-        """
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._fd, [view[done : done + _BLOCK_BYTES]], offset + done)
-            if count == 0:
-                raise _corrupt(self.path, f"it ends at byte {offset + done}")
-            os.posix_fadvise(self._fd, offset + done, count, os.POSIX_FADV_DONTNEED)
-            done += count
-
-    def will_need(self, offset: int, length: int) -> None:
-        """Have the system read ahead while we do something else."""
-        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-    def write(self, tensor: Tensor, offset: int) -> None:
-        """Write a tensor's bytes at `offset`, and have the system start to put them on disk."""
-        view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        self.write_bytes(view, offset)
-
-    def write_bytes(self, view: memoryview | bytes, offset: int) -> None:
-        """Write bytes at `offset`."""
-        view, done = memoryview(view), 0
-        while done < len(view):
-            count = os.pwrite(self._fd, view[done : done + _BLOCK_BYTES], offset + done)
-            os.posix_fadvise(self._fd, offset + done, count, os.POSIX_FADV_DONTNEED)
-            done += count
-
-    def truncate(self, size: int) -> None:
-        """Give the file its size."""
-        os.ftruncate(self._fd, size)
-
-    def sync(self) -> None:
-        """Wait until all of it is on disk."""
-        os.fsync(self._fd)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def close(self) -> None:
-        """Give the descriptor back; again, or when the object is dropped, does nothing."""
-        self._close()
-
-
 class FileReader:
     """One safetensors file, open."""
 
@@ -194,7 +133,7 @@ class FileReader:
         """Yield a tensor's bytes in bounded blocks."""
         offset, left = self.header.offsets[name], self.header.tensors[name].num_bytes
         while left:
-            block = memoryview(bytearray(min(left, _BLOCK_BYTES)))
+            block = memoryview(bytearray(min(left, BLOCK_BYTES)))
             self._file.read_bytes_into(block, offset)
             yield block
             offset, left = offset + len(block), left - len(block)
