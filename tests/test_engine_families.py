@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).with_name("engine_case.py")
+SCRIPT = Path(__file__).with_name("engine_cases.py")
 WITH_IMAGES = ["qwen2_vl", "qwen3_vl"]
 TEXT = ["qwen2", "qwen3", "qwen3_moe", "llama", "llama_sentencepiece", "mistral_sentencepiece"]
 

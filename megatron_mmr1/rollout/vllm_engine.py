@@ -78,6 +78,7 @@ class VllmEngine:
         self._mm_fields = _create_qwen2vl_field_factory(getattr(vision, "spatial_merge_size", 1))
         max_model_len = max_prompt_tokens + config.max_response_tokens
         on_gpu = torch.cuda.is_available()
+        self._mixes_up_experts = bool(getattr(hf_config, "num_experts", None)) and not on_gpu
         with _process_left_as_found():
             self._llm = LLM(
                 model,
@@ -127,7 +128,15 @@ class VllmEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load weights under their Hugging Face names and drop the prefix,
         encoder and processor caches.
+
+        Raises:
+            ValueError: the model has experts and runs on a CPU.
         """
+        if self._mixes_up_experts:
+            raise ValueError(
+                "vLLM 0.32 on a CPU samples from wrong experts once weights are loaded again, even "
+                "the same ones; train a model with experts on a GPU, or one without"
+            )
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.reset_encoder_cache()
