@@ -80,7 +80,7 @@ def convert_hf_to_megatron(hf: Path, out: Path, on_progress: OnProgress = _silen
     Raises:
         ValueError: the folder is no complete model of a known family, or `out` exists.
     """
-    weights = HfWeights(hf, "--hf")
+    weights = HfWeights(hf, "--hf", is_read_once=True)
     plan = plan_of(hf, weights.tensors)
     skipped = check_hf(plan, weights)
     infos = {name: weights.info(name) for name in plan.hf_names}
@@ -157,7 +157,7 @@ def verify(hf: Path, megatron: Path, on_progress: OnProgress = _silent) -> Repor
         ValueError: one of them is not complete, or they are not of the same model.
     """
     checkpoint = TorchDistReader(_checkpoint_folder(megatron))
-    weights = HfWeights(hf, "--hf")
+    weights = HfWeights(hf, "--hf", is_read_once=True)
     plan = plan_of(hf, weights.tensors)
     skipped = check_hf(plan, weights)
     check_megatron(plan, checkpoint)

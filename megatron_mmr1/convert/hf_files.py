@@ -34,6 +34,7 @@ class HfWeights:
 
     Args:
         key: the setting or option that named the folder, for messages.
+        is_read_once: see OpenFile. A node's processes load the same files: they keep the pages.
 
     Attributes:
         tensors: every tensor's dtype and shape.
@@ -43,13 +44,15 @@ class HfWeights:
             name other tensors.
     """
 
-    def __init__(self, folder: str | Path, key: str = "model.path") -> None:
+    def __init__(
+        self, folder: str | Path, key: str = "model.path", is_read_once: bool = False
+    ) -> None:
         self.folder = Path(folder)
         check_model_folder(self.folder, key)
         index = read_index(self.folder / INDEX) if (self.folder / INDEX).is_file() else None
         weight_map: dict[str, str] | None = index and index["weight_map"]
         files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-        self._files = {file: FileReader(self.folder / file) for file in files}
+        self._files = {file: FileReader(self.folder / file, is_read_once) for file in files}
         self._file_of: dict[str, str] = {}
         for file, reader in self._files.items():
             for name in reader.header.tensors:

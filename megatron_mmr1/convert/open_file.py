@@ -1,7 +1,7 @@
 """Reading and writing tensors at places in a file, without a copy of the file in memory.
 
-Nothing is mapped and nothing kept: a tensor is read straight into its own memory, and its pages are
-given back to the system at once, so that a model may be larger than the memory.
+Nothing is mapped: a tensor is read straight into its own memory, and its pages are given back to
+the system at once, so that a model may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ _HINT_BYTES = 1 << 20  # below, a hint costs more than it gives
 
 
 class OpenFile:
-    """A file's descriptor, read and written by position; pages go back to the system after use."""
+    """A file's descriptor, read and written by position.
 
-    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
-        self.path = path
+    Args:
+        is_read_once: pages go back to the system after use. False leaves them to other processes
+            of the machine that read the same file.
+    """
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY, is_read_once: bool = True) -> None:
+        self.path, self._is_read_once = path, is_read_once
         self._fd = os.open(path, flags, 0o644)
         self._close = weakref.finalize(self, os.close, self._fd)
 
@@ -44,7 +49,7 @@ class OpenFile:
                     f"{self.path} ends at byte {offset + done}, in the middle of a tensor; "
                     "copy it again"
                 )
-            if count >= _HINT_BYTES:
+            if count >= _HINT_BYTES and self._is_read_once:
                 self.give_back(offset + done, count)
             done += count
 

@@ -117,9 +117,9 @@ def header_bytes(
 class FileReader:
     """One safetensors file, open."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_read_once: bool = True) -> None:
         self.header = read_header(path)
-        self._file = OpenFile(path)
+        self._file = OpenFile(path, is_read_once=is_read_once)
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """Return a tensor, in `out` if that is given: contiguous, of its dtype and shape."""
