@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.conversion import convert_hf_to_megatron, convert_megatron_to_hf, verify
+from megatron_mmr1.backend.conversion_plan import plan_of
 from megatron_mmr1.convert import family_of, read_config
 from megatron_mmr1.convert.hf_files import HfWeights, write_hf_folder
 from megatron_mmr1.data.tiny_model import build_tiny_qwen2_5_vl
@@ -175,8 +176,12 @@ def test_known_duplicates_are_left_out_and_reported(tied_model_dir: Path, tmp_pa
     convert_megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert load_file(tmp_path / "back" / SINGLE).keys() == HfWeights(tied_model_dir).tensors.keys()
     rewrite(hf, lambda tensors: tensors["lm_head.weight"].add_(1))
-    with pytest.raises(ValueError, match=r"ties lm_head.weight.*values differ"):
-        convert_hf_to_megatron(hf, tmp_path / "other")
+    # Other values are no duplicate: transformers doesn't tie them either.
+    report = convert_hf_to_megatron(hf, tmp_path / "untied")
+    assert report.skipped == (frequencies,)
+    convert_megatron_to_hf(tmp_path / "untied", tmp_path / "untied_back")
+    theirs, ours = (load_file(f / SINGLE) for f in (hf, tmp_path / "untied_back"))
+    assert torch.equal(ours["lm_head.weight"], theirs["lm_head.weight"])
 
 
 def cut(folder: Path) -> None:
@@ -299,7 +304,7 @@ def more_layers_than_there_are(folder: Path) -> None:
         (only_a_pickle, r"holds neither model\.safetensors.*pickled weights are not read"),
         (no_config, r"--hf=.*has no model config \(config\.json\); copy it"),
         (unknown_type, r"config\.json: model_type='nosuch' has no conversion table; known"),
-        (damaged_config, r"config\.json cannot be read.*copy it again"),
+        (damaged_config, r"config\.json is not JSON .*copy it"),
         (missing_shard, r"lacks 1\.safetensors, which model\.safetensors\.index\.json names"),
         (ghost_in_index, r"names model\.ghost\.weight, which 1\.safetensors does not hold"),
         (left_out_of_index, r"safetensors holds model\.norm\.weight, which .* does not name"),
@@ -510,6 +515,48 @@ def test_names_are_kept_as_the_files_spell_them(name: str, tmp_path: Path):
     exported = dict(policy.named_tensors())
     assert exported.keys() == tensors.keys()
     assert all(torch.equal(exported[n], tensors[n]) for n in tensors)
+
+
+def test_experts_lie_where_transformer_engines_layers_look_for_them(tmp_path: Path):
+    """It fuses the norm before a dense MLP, and not the one before experts."""
+    norms = {}
+    for name in ("qwen3", "qwen3_moe"):
+        build_tiny(name, tmp_path / name)
+        plan = plan_of(tmp_path / name)
+        norms[name] = {p.box.key for p in plan.parameters if "mlp" in p.name and "norm" in p.name}
+    layer = "language.decoder.layers."
+    assert norms == {
+        "qwen3": {layer + "mlp.linear_fc1.layer_norm_weight"},
+        "qwen3_moe": {layer + "pre_mlp_layernorm.weight"},
+    }
+
+
+@pytest.mark.parametrize("says", ["the model", "the decoder", "both, and the files differ"])
+def test_ties_are_settled_by_the_files_as_transformers_does(says: str, tmp_path: Path):
+    """InternVL's config is tied by default, its published models are not; Qwen3-VL's config has
+    said it in one place or the other.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    hf, megatron, back = tmp_path / "hf", tmp_path / "megatron", tmp_path / "back"
+    is_tied = says != "both, and the files differ"
+    build_tiny("qwen3_vl", hf, tied=is_tied)
+    config = json.loads((hf / "config.json").read_text())
+    config["tie_word_embeddings"] = says != "the decoder"
+    config["text_config"]["tie_word_embeddings"] = says != "the model"
+    (hf / "config.json").write_text(json.dumps(config))
+    convert_hf_to_megatron(hf, megatron)
+    convert_megatron_to_hf(megatron, back)
+    assert files_of(back) == files_of(hf)
+    policy = make_policy(hf)
+    exported, in_file = dict(policy.named_tensors()), load_file(hf / SINGLE)
+    assert exported.keys() == in_file.keys()
+    assert ("lm_head.weight" in exported) != is_tied
+    assert all(torch.equal(exported[n], in_file[n]) for n in in_file)
+    if says != "the decoder":  # whose word transformers doesn't take
+        theirs = AutoModelForImageTextToText.from_pretrained(hf)
+        head = theirs.get_output_embeddings().weight
+        assert (head is theirs.get_input_embeddings().weight) == is_tied
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

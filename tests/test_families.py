@@ -6,7 +6,9 @@ Log-probs, gradients and exports of every family: `make parity`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
-from megatron_mmr1.backend.rotary import Rotary
+from megatron_mmr1.backend.rotary import Rotary, max_positions
+from megatron_mmr1.config.layout import ModelSizes
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
 from megatron_mmr1.convert import (
     FAMILIES,
@@ -25,6 +28,8 @@ from megatron_mmr1.convert import (
     Spelling,
     family_of,
     megatron_to_hf,
+    read_config,
+    settle_ties,
 )
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -131,9 +136,69 @@ def test_a_part_that_our_decoder_lacks_is_refused(name: str, changes: dict[str, 
         transformer_config(config, ModelConfig(""), ParallelConfig())
 
 
-def test_wavelengths_that_depend_on_the_length_are_refused():
+def test_dynamic_wavelengths_are_the_default_ones_up_to_the_longest_position():
+    published = PUBLISHED["InternVL3-8B"]
+    rope = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}
+    text = published.config["text_config"] | {"rope_parameters": rope}
+    config = config_of(replace(published, config=published.config | {"text_config": text}))
+    position_ids_3T = torch.arange(50).expand(3, -1)
+    default = config_of(published).get_text_config()
+    default.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
+    expected = Rotary(default, interleaved=False)(position_ids_3T[:, None], ())[:, 0]
+    assert torch.equal(rotary_angles(config, position_ids_3T), expected)
+    assert max_positions(config.get_text_config()) == text.get("max_position_embeddings", 32768)
+    assert max_positions(default) is None
+
+
+def test_wavelengths_that_scale_attention_are_refused():
     published = PUBLISHED["Llama-3.1-8B"]
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     config = config_of(replace(published, config=published.config | {"rope_parameters": rope}))
-    with pytest.raises(ValueError, match=r"rope_type='dynamic' is not supported"):
+    with pytest.raises(ValueError, match=r"rope_type='yarn' is not supported"):
         Rotary(config, interleaved=False)
+
+
+# As config.json reads on the hub, of other versions of transformers.
+HUB_CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen2-VL, flat": {
+        "model_type": "qwen2_vl", "hidden_size": 1536, "intermediate_size": 8960,
+        "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "vocab_size": 151936, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "use_sliding_window": False, "tie_word_embeddings": True, "image_token_id": 151655,
+        "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16},
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
+    "Qwen3-MoE": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "mlp_only_layers": [],
+        "decoder_sparse_step": 1, "rope_scaling": None, "rope_theta": 1000000.0,
+        "sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": False,
+    },
+    "InternVL3, tie not said": {
+        "model_type": "internvl", "downsample_ratio": 0.5, "image_token_id": 151667,
+        "text_config": {
+            "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+            "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "vocab_size": 151674, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+            "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+        },
+        "vision_config": {"attention_bias": True, "hidden_size": 1024, "num_hidden_layers": 24},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_configs_as_the_hub_has_them_are_read(name: str, tmp_path: Path):
+    for file in ("tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / file).touch()
+    (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIGS[name]))
+    config, sizes = read_config(tmp_path), ModelSizes.of(tmp_path)
+    megatron = transformer_config(config, ModelConfig(""), ParallelConfig())
+    Rotary(config.get_text_config(), family_of(config).interleaved_positions)
+    assert sizes.num_layers == megatron.num_layers
+    assert sizes.num_experts == (megatron.num_moe_experts or 0)
+    assert sizes.num_vision_heads == (0 if name == "Qwen3-MoE" else 16)
+    settle_ties(config, ("language_model.lm_head.weight",), lambda first, second: False)
+    assert config.tie_word_embeddings == name.startswith("Qwen2-VL")

@@ -81,7 +81,7 @@ def convert_hf_to_megatron(hf: Path, out: Path, on_progress: OnProgress = _silen
         ValueError: the folder is no complete model of a known family, or `out` exists.
     """
     weights = HfWeights(hf, "--hf", is_read_once=True)
-    plan = plan_of(hf, weights.tensors)
+    plan = plan_of(hf, weights.tensors, are_equal=weights.are_equal)
     skipped = check_hf(plan, weights)
     infos = {name: weights.info(name) for name in plan.hf_names}
     order = sorted(plan.parameters, key=lambda p: weights.position(next(iter(p.hf_shapes))))
@@ -158,7 +158,7 @@ def verify(hf: Path, megatron: Path, on_progress: OnProgress = _silent) -> Repor
     """
     checkpoint = TorchDistReader(_checkpoint_folder(megatron))
     weights = HfWeights(hf, "--hf", is_read_once=True)
-    plan = plan_of(hf, weights.tensors)
+    plan = plan_of(hf, weights.tensors, are_equal=weights.are_equal)
     skipped = check_hf(plan, weights)
     check_megatron(plan, checkpoint)
     infos = {name: weights.info(name) for name in plan.hf_names}

@@ -8,7 +8,7 @@ and asked for its `sharded_state_dict`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from megatron_mmr1.convert import (
     family_of,
     read_config,
     required_hf_names,
+    settle_ties,
 )
 from megatron_mmr1.convert.family import RECOMPUTED
+from megatron_mmr1.convert.hf_config import EMBEDDING, OUTPUT_LAYER
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.convert.rules import merge, split
 from megatron_mmr1.convert.safetensors_file import TensorInfo
@@ -43,8 +45,6 @@ from megatron_mmr1.convert.torch_dist import Box, TorchDistReader
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Chained: the experts' optimizer beside that of all others.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-_EMBEDDING = "language.embedding.word_embeddings.weight"
-_OUTPUT_LAYER = "language.output_layer.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,12 @@ class Plan:
         return split(parameter.rule.kind, tensor, self.attention)
 
 
-def plan_of(folder: Path, file_names: Iterable[str] = (), key: str = "--hf") -> Plan:
+def plan_of(
+    folder: Path,
+    file_names: Collection[str] = (),
+    key: str = "--hf",
+    are_equal: Callable[[str, str], bool] = lambda first, second: False,
+) -> Plan:
     """Plan the conversion of the model that a folder's config describes.
 
     Needs Megatron's groups to be laid without tensor, pipeline or expert parallelism.
@@ -110,12 +115,15 @@ def plan_of(folder: Path, file_names: Iterable[str] = (), key: str = "--hf") -> 
     Args:
         file_names: of the tensors in the model's files, which tell how they are spelled.
         key: the option that named the folder, for messages.
+        are_equal: see convert.settle_ties; names without values come from an earlier conversion,
+            which left out what is equal.
 
     Raises:
         ValueError: the folder is no model folder, or its model type has no conversion table.
     """
     assert parallel.tp_group().size() == parallel.pp_group().size() == 1
     hf_config = read_config(folder, key)
+    settle_ties(hf_config, file_names, are_equal)
     family = family_of(hf_config)
     spelling = family.spelling_of(file_names)
     attention = AttentionShape.of(hf_config.get_text_config())
@@ -137,7 +145,7 @@ def plan_of(folder: Path, file_names: Iterable[str] = (), key: str = "--hf") -> 
     if hf_config.tie_word_embeddings:
         first, second = (
             spelling.in_files(required_hf_names(family.rules, name)[1][0])
-            for name in (_EMBEDDING, _OUTPUT_LAYER)
+            for name in (EMBEDDING, OUTPUT_LAYER)
         )
         duplicates = {second: first}
     names = [name for parameter in planned for name in parameter.hf_shapes]
@@ -177,13 +185,7 @@ def check_hf(plan: Plan, weights: HfWeights) -> list[str]:
                 )
     skipped, unknown = [], []
     for name in sorted(weights.tensors.keys() - plan.hf_names):
-        original = plan.duplicates.get(name)
-        if original is not None and not weights.are_equal(name, original):
-            raise ValueError(
-                f"{weights.folder}: config.json ties {name} to {original}, but their values "
-                "differ; set tie_word_embeddings to false, or remove one"
-            )
-        is_known = original is not None or RECOMPUTED.fullmatch(name)
+        is_known = name in plan.duplicates or RECOMPUTED.fullmatch(name)
         (skipped if is_known else unknown).append(name)
     if unknown:
         raise ValueError(

@@ -71,9 +71,15 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )
-    layer = spec.submodules
+    layer: Any = spec.submodules
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
+    if experts:
+        # As Transformer Engine's layers, which don't fuse this norm with experts: checkpoints are
+        # the same on both. Megatron's local spec renames it whatever follows.
+        names = dict(layer.sharded_state_dict_keys_map)
+        names.pop("pre_mlp_layernorm.")
+        layer.sharded_state_dict_keys_map = names
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RmsNorm
     layer.input_layernorm = RmsNorm

@@ -174,7 +174,8 @@ class _Tower:
         full = getattr(vision, "fullatt_block_indexes", None)
         block = 4 * width * width + (2 if full is None else 3) * width * inner
         merged = merge * merge * width
-        merger = merged * (merged + out) // (merge * merge)
+        num_mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        merger = num_mergers * merged * (merged + out) // (merge * merge)
         weights = pixels * width + depth * block + merger
         if full is None:
             return cls(weights, width, depth, 0, 1)

@@ -33,10 +33,11 @@ from megatron_mmr1.backend.layout import LocalView, local_view
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
 from megatron_mmr1.backend.optimizer import build_optimizer
 from megatron_mmr1.backend.packing import StepCost
+from megatron_mmr1.backend.rotary import max_positions
 from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_mmr1.convert import AttentionShape, family_of, read_config
+from megatron_mmr1.convert import AttentionShape, family_of, read_config, settle_ties
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.types import PackedBatch, StepBatch
 
@@ -44,7 +45,7 @@ _OnLogits = Callable[[Tensor, LocalView], tuple[Tensor, Tensor, Any]]
 
 
 class MegatronPolicy:
-    """Qwen2.5-VL under Megatron's data-parallel wrapper, schedule and optimizer.
+    """A model under Megatron's data-parallel wrapper, schedule and optimizer.
 
     Args:
         num_steps: optimizer steps of the whole run, for the learning-rate schedule.
@@ -66,12 +67,14 @@ class MegatronPolicy:
         num_steps: int,
         keep_reference: bool = False,
     ) -> None:
-        hf_config = read_config(model.path)
+        hf_config, files = read_config(model.path), HfWeights(model.path)
+        settle_ties(hf_config, files.tensors, files.are_equal)
         family = family_of(hf_config)
         text = hf_config.get_text_config()
         vision = getattr(hf_config, "vision_config", None)
         self.cost = StepCost.of(text, vision, not model.freeze_vision)
         self._recomputes = parallel_config.recompute == "full"
+        self._max_positions = max_positions(text)
         is_interleaved = parallel_config.vpp_size > 1
         with device.seam():
             config = transformer_config(hf_config, model, parallel_config)
@@ -91,7 +94,7 @@ class MegatronPolicy:
                 text.vocab_size,
                 getattr(text, "num_experts", None) or 0,
             )
-            self._weights.load(HfWeights(model.path))
+            self._weights.load(files)
             self._tower: Any = getattr(self.chunks[0], "vision", None)
             self._trains_vision = not model.freeze_vision
             if self._tower is not None:
@@ -202,6 +205,8 @@ class MegatronPolicy:
             return model(view, features), lambda logits_RV: on_logits(logits_RV, view)
 
         batches = step.micro_batches
+        if self._max_positions is not None:
+            _check_positions(batches, self._max_positions)
         iterators = [iter(batches) for _ in self.model]
         get_forward_backward_func()(
             forward_step_func=forward,
@@ -255,6 +260,16 @@ class MegatronPolicy:
     def _copy_in(self, tensors: Sequence[Tensor]) -> None:
         for parameter, tensor in zip(self._parameters(), tensors, strict=True):
             parameter.copy_(tensor)
+
+
+def _check_positions(batches: Sequence[PackedBatch], limit: int) -> None:
+    found = max(int(batch.position_ids_3T.max()) for batch in batches) + 1
+    if found > limit:
+        raise ValueError(
+            f"a sequence of {found} positions: beyond max_position_embeddings={limit} the model's "
+            "rotary wavelengths (rope_type='dynamic') depend on the length, which is not "
+            "supported; leave out longer prompts"
+        )
 
 
 def _no_tokens(like: Tensor) -> Tensor:

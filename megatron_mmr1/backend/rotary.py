@@ -29,7 +29,7 @@ class Rotary(torch.nn.Module):
         axis_E2: which of the three axes each wavelength turns with.
 
     Raises:
-        ValueError: wavelengths that depend on a sequence's length, or that scale attention.
+        ValueError: wavelengths of another kind than default, dynamic, linear or llama3.
     """
 
     def __init__(self, text_config: Any, interleaved: bool) -> None:
@@ -54,16 +54,25 @@ class Rotary(torch.nn.Module):
         return torch.cat([half_TE, half_TE], dim=-1).unsqueeze(1)
 
 
+def max_positions(text_config: Any) -> int | None:
+    """Return how many positions there may be; None if the wavelengths never change.
+
+    Dynamic ones (InternVL's decoders) are the default ones up to `max_position_embeddings`.
+    """
+    is_dynamic = text_config.rope_parameters.get("rope_type") == "dynamic"
+    return text_config.max_position_embeddings if is_dynamic else None
+
+
 def _inverse_wavelengths(text_config: Any) -> Tensor:
     """Return float32 [E / 2]."""
     parameters = text_config.rope_parameters
     kind = parameters.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
+    if kind not in ("default", "dynamic", "linear", "llama3"):
         raise ValueError(
             f"config.json: rope_parameters.rope_type={kind!r} is not supported; "
-            "use a model with default, linear or llama3"
+            "use a model with default, dynamic, linear or llama3"
         )
-    if kind != "default":
+    if kind in ("linear", "llama3"):
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         with torch.device("cpu"):

@@ -21,7 +21,10 @@ class ModelSizes:
     """What of a model a layout must divide.
 
     Attributes:
+        num_vision_heads: 0 without a vision tower.
         num_deepstack_layers: how many of the first layers take image features of their own.
+        expert_size: an expert's intermediate size. Experts stand in place of every MLP, and tensor
+            parallelism doesn't cut them.
     """
 
     num_heads: int
@@ -31,6 +34,7 @@ class ModelSizes:
     num_vision_heads: int
     num_experts: int
     num_deepstack_layers: int = 0
+    expert_size: int = 0
 
     @classmethod
     def of(cls, folder: str | Path, key: str = "model.path") -> ModelSizes:
@@ -54,16 +58,21 @@ class ModelSizes:
                     f"{key}={str(folder)!r}: config.json has no {name}; copy it from the model"
                 )
         heads, layers, intermediate = (text[name] for name in names)
-        vision = config.get("vision_config") or {}
+        vision = config.get("vision_config")
+        vision_heads = 0
+        if vision is not None:  # both families' default is 16
+            vision_heads = vision.get("num_heads") or vision.get("num_attention_heads") or 16
+        vision = vision or {}
         return cls(
             heads,
             text.get("num_key_value_heads") or heads,
             layers,
             intermediate,
-            vision.get("num_heads") or vision.get("num_attention_heads") or heads,
+            vision_heads,
             # On the hub, and as transformers 5 writes it.
             text.get("num_experts") or text.get("num_local_experts") or 0,
             len(vision.get("deepstack_visual_indexes") or ()),
+            text.get("moe_intermediate_size") or 0,
         )
 
 
@@ -123,8 +132,13 @@ def check_fp8(parallel: ParallelConfig, sizes: ModelSizes, fp8: str) -> None:
     Raises:
         ValueError: names the sizes.
     """
+    if fp8 != "off" and sizes.num_experts and sizes.expert_size % _FP8_TOKENS:
+        raise ValueError(
+            f"model.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and moe_intermediate_size is "
+            f"{sizes.expert_size}; use fp8=off"
+        )
     part = sizes.intermediate_size // parallel.tp_size
-    if fp8 != "off" and part % _FP8_TOKENS:
+    if fp8 != "off" and not sizes.num_experts and part % _FP8_TOKENS:
         raise ValueError(
             f"model.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and intermediate_size="
             f"{sizes.intermediate_size} over parallel.tp_size={parallel.tp_size} is {part}; use "
@@ -182,7 +196,7 @@ def _fits_tensor_parallel(tp_size: int, sizes: ModelSizes) -> bool:
     kv_heads = sizes.num_kv_heads
     return (
         sizes.num_heads % tp_size == 0
-        and sizes.intermediate_size % tp_size == 0
+        and (sizes.num_experts > 0 or sizes.intermediate_size % tp_size == 0)
         and (kv_heads % tp_size == 0 or tp_size % kv_heads == 0)
     )
 

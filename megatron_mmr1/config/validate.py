@@ -242,7 +242,7 @@ def _check_engine_ranks(tp_size: int, sizes: ModelSizes, world_size: int) -> Non
         "rollout.tp_size",
         tp_size,
         f"does not divide {world_size} processes, num_attention_heads={sizes.num_heads} and the "
-        f"vision tower's num_heads={sizes.num_vision_heads}; use {' or '.join(map(str, fitting))}",
+        f"vision tower's heads ({sizes.num_vision_heads}); use {' or '.join(map(str, fitting))}",
     )
 
 

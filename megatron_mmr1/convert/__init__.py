@@ -2,7 +2,7 @@
 
 from megatron_mmr1.convert.families import FAMILIES, family_of
 from megatron_mmr1.convert.family import Family, Spelling
-from megatron_mmr1.convert.hf_config import read_config
+from megatron_mmr1.convert.hf_config import read_config, settle_ties
 from megatron_mmr1.convert.rules import AttentionShape, Rule, megatron_to_hf, required_hf_names
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "megatron_to_hf",
     "read_config",
     "required_hf_names",
+    "settle_ties",
 ]

@@ -1,4 +1,4 @@
-"""What is compared: prompts and responses of several kinds, made for any Qwen2.5-VL folder."""
+"""What is compared: prompts and responses of several kinds, made for any model folder."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
-from megatron_mmr1.convert import AttentionShape, Family, family_of, read_config
+from megatron_mmr1.convert import AttentionShape, Family, family_of, read_config, settle_ties
 from megatron_mmr1.convert.family import RECOMPUTED
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.data.processor import PromptProcessor
@@ -59,7 +59,7 @@ def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
     family = family_of(hf_config)
     is_bit_for_bit = _exports_its_file(policy, folder, hf_config)
     shape = AttentionShape.of(hf_config.get_text_config())
-    controls.change_policy(control, policy, family, shape)
+    controls.change_policy(control, policy, folder, family, shape)
     lines = []
     for kind in cell["kinds"]:
         exact = Outcome.load(file_for(references, folder, kind, "float32"))
@@ -105,6 +105,7 @@ def _exports_its_file(policy: MegatronPolicy, folder: str, hf_config: Any) -> bo
             return False
         names.add(in_files)
     others = [name for name in weights.tensors.keys() - names if not RECOMPUTED.fullmatch(name)]
+    settle_ties(hf_config, weights.tensors, weights.are_equal)
     return all(hf_config.tie_word_embeddings and "lm_head." in name for name in others)
 
 

@@ -15,7 +15,9 @@ import torch
 from megatron_mmr1.backend import layout, parallel, policy
 from megatron_mmr1.backend.model import AddFeatures
 from megatron_mmr1.backend.vision import StepFeatures
+from megatron_mmr1.backend.weights import NamedWeights
 from megatron_mmr1.convert import AttentionShape, Family, megatron_to_hf
+from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.types import PackedBatch, StepBatch
 
 
@@ -37,7 +39,11 @@ def change_step(name: str, step: StepBatch) -> StepBatch:
 
 
 def change_policy(
-    name: str, trained: policy.MegatronPolicy, family: Family, shape: AttentionShape
+    name: str,
+    trained: policy.MegatronPolicy,
+    folder: str,
+    family: Family,
+    shape: AttentionShape,
 ) -> None:
     """Make the mistakes that lie in the weights, and in what is made once with them."""
     if name == "rotary axes in sections":
@@ -45,21 +51,10 @@ def change_policy(
             axes = chunk.language.rotary_pos_emb.axis_E2
             axes.copy_(axes.sort().values)
     if name == "another expert's weights":
-        _swap_experts(trained)
+        with patch.object(NamedWeights, "_numbered", lambda weights, name, rank: name):
+            trained._weights.load(HfWeights(folder))
     if name == "wrong QKV order":
         _order_by_kind(trained, family, shape)
-
-
-@torch.no_grad()
-def _swap_experts(trained: policy.MegatronPolicy) -> None:
-    """Number experts within a rank as if they were those of another."""
-    named = dict(trained.chunks[0].named_parameters())
-    first = [n for n in named if ".local_experts.0." in n]
-    for name in first:
-        one, other = named[name], named[name.replace(".local_experts.0.", ".local_experts.1.")]
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
 
 
 def _order_by_kind(trained: policy.MegatronPolicy, family: Family, shape: AttentionShape) -> None:
