@@ -4,8 +4,9 @@
     python tools/check_parity.py --matrix docs                  # `make parity`: every layout
     python tools/check_parity.py --matrix DIR --ci              # `make parity-ci`: a part of it
 
-On a CPU with real Megatron-Core over gloo. Without --hf a tiny random Qwen2.5-VL is made. Exit
-status 1 when a comparison is out of bounds or a negative control is not caught.
+On a CPU with real Megatron-Core over gloo. The matrix makes a tiny random model of every family;
+one layout without --hf a Qwen2.5-VL. Exit status 1 when a comparison is out of bounds or a negative
+control is not caught.
 """
 
 from __future__ import annotations

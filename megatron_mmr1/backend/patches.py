@@ -1,7 +1,7 @@
-"""Mends of Megatron-Core 0.19.2 that `device.seam` can't make from outside: what a CPU run needs,
-and what loading the distributed optimizer's states needs anywhere.
+"""Mends of Megatron-Core 0.19.2 that `device.seam` can't make from outside: what a CPU run needs
+(experts' dispatcher included), and what loading the distributed optimizer's states needs anywhere.
 
-Each is named and applied by `parallel.initialize`; applied twice, it changes nothing more.
+Each is named and applied by `parallel.lay_groups`; applied twice, it changes nothing more.
 """
 
 from __future__ import annotations

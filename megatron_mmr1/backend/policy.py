@@ -5,8 +5,8 @@ Owns the model chunks of this rank, the optimizer and the reference weights. Kno
 sampler and no files but the Hugging Face folder that it starts from. Every Megatron call happens
 inside `device.seam()`.
 
-Parallelism: tensor, sequence, pipeline (also interleaved), context and data parallel with the
-distributed optimizer. A step's micro-batches are the same on all ranks of a replica; gradients are
+Parallelism: tensor, sequence, pipeline (also interleaved), context, expert and data parallel with
+the distributed optimizer. A step's micro-batches are the same on all ranks of a replica; gradients are
 plain sums over data- and context-parallel ranks (see backend.model).
 """
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 MAX_IMAGE_PIXELS = 1 << 26  # 67 million: 200 MB as RGB
-MAX_ASPECT_RATIO = 200  # Qwen2.5-VL's own limit
+MAX_ASPECT_RATIO = 200  # Qwen-VL's own limit, for all families
 # What Pillow raises for broken files, besides OSError and ValueError.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
