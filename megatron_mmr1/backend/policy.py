@@ -6,8 +6,8 @@ sampler and no files but the Hugging Face folder that it starts from. Every Mega
 inside `device.seam()`.
 
 Parallelism: tensor, sequence, pipeline (also interleaved), context, expert and data parallel with
-the distributed optimizer. A step's micro-batches are the same on all ranks of a replica; gradients are
-plain sums over data- and context-parallel ranks (see backend.model).
+the distributed optimizer. A step's micro-batches are the same on all ranks of a replica; gradients
+are plain sums over data- and context-parallel ranks (see backend.model).
 """
 
 from __future__ import annotations
