@@ -1,4 +1,4 @@
-"""Multimodal rotary positions (time, height, width) of the Qwen-VL models (arXiv:2502.13923, 2.1.2).
+"""Multimodal rotary positions (time, height, width) of Qwen-VL (arXiv:2502.13923, 2.1.2).
 
 A pure function of the tokens and the image sizes, computed once a prompt and shipped with it.
 Images only: no video. S is the sequence length, I the number of images.
