@@ -8,9 +8,9 @@ from megatron_mmr1 import device
 device.prepare_process()
 
 import torch
+from helpers import samples_of
 
 from megatron_mmr1.backend import losses, parallel
-from megatron_mmr1.backend.batching import Sample
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from megatron_mmr1.data.processor import PromptProcessor
@@ -38,18 +38,7 @@ def main(name: str, folder: Path) -> None:
     sampling = Sampling(group_size=4, temperature=1.0, max_response_tokens=16, seed=0, step=0)
 
     def largest_and_mean() -> tuple[float, float]:
-        groups = list(engine.generate(prompts, sampling))
-        samples = [
-            Sample(
-                group.prompt,
-                torch.tensor(rollout.token_ids),
-                torch.tensor(rollout.rollout_logprobs),
-                0.0,
-                True,
-            )
-            for group in groups
-            for rollout in group.rollouts
-        ]
+        samples = samples_of(list(engine.generate(prompts, sampling)))
         step = ours.build_step(policy, samples, Packing.at(ParallelConfig(), 1024), processor)
         rule = losses.SoftmaxRule(1.0, processor.banned_token_ids)
         found = ours.of_samples(step, policy.logprobs(step, rule))

@@ -149,3 +149,18 @@ def weights(policy: MegatronPolicy) -> dict[str, Tensor]:
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference over the norm, in float64."""
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def samples_of(groups: Sequence[RolloutGroup]) -> list[batching.Sample]:
+    """What the engine sampled, as the trainer takes it; the advantage is any."""
+    return [
+        batching.Sample(
+            group.prompt,
+            torch.tensor(rollout.token_ids),
+            torch.tensor(rollout.rollout_logprobs),
+            1.0,
+            True,
+        )
+        for group in groups
+        for rollout in group.rollouts
+    ]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_policy, make_step, mixed_prompts, png, sample_logprobs
+from helpers import make_policy, make_step, mixed_prompts, png, sample_logprobs, samples_of
 from torch import Tensor
 
-from megatron_mmr1.backend import batching, losses
+from megatron_mmr1.backend import losses
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
@@ -52,20 +52,6 @@ def generate(
     groups = {group.prompt.prompt_id: group for group in engine.generate(prompts, sampling)}
     assert len(groups) == len(prompts)
     return [groups[prompt.prompt_id] for prompt in prompts]
-
-
-def samples_of(groups: Sequence[RolloutGroup]) -> list[batching.Sample]:
-    return [
-        batching.Sample(
-            group.prompt,
-            torch.tensor(rollout.token_ids),
-            torch.tensor(rollout.rollout_logprobs),
-            1.0,
-            True,
-        )
-        for group in groups
-        for rollout in group.rollouts
-    ]
 
 
 def differences(
