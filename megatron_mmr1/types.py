@@ -6,7 +6,7 @@ tokens, V vocabulary, I images. Group membership is the `prompt_id`, never a row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -140,38 +140,70 @@ class PromptStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedSequences:
+    """The responses of a micro-batch, end to end, and what each is worth; S of them.
+
+    Made and checked by `kernels.sequences.pack_sequences`.
+
+    Attributes:
+        offsets_S1: int32, ascending; sequence s has the rows from offsets[s] to offsets[s + 1].
+        sample_S: int64, which of the step's samples each is.
+        weight_S: float32, the share of the loss that each of its tokens has, so that the loss of a
+            step is the plain sum of weight * token loss over micro-batches and ranks, whatever the
+            split (see algorithms.grpo_loss.token_weights).
+        reward_S: int32, its place in `rewards_N`.
+        group_S2: int32, where its GRPO group begins and ends in `rewards_N`.
+        rewards_N: float32, of the step's samples on all data-parallel ranks, group by group; NaN =
+            could not judge.
+    """
+
+    offsets_S1: torch.Tensor
+    sample_S: torch.Tensor
+    weight_S: torch.Tensor
+    reward_S: torch.Tensor
+    group_S2: torch.Tensor
+    rewards_N: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ResponseRows:
     """What the loss knows of each response token; R of them, in packed order.
 
     Attributes:
         target_ids_R: int64, the token that was sampled (or is to be imitated).
-        sample_R: int64, which of the step's samples the token belongs to.
-        token_weights_R: float32. A token's weight is its share of the loss, so that the loss of a
-            step is the plain sum of weight * token loss over micro-batches and ranks, whatever the
-            split (see algorithms.grpo_loss.token_weights).
-        advantages_R, rollout_logprobs_R: float32.
+        rollout_logprobs_R: float32.
+        sequences: which response each belongs to.
         old_logprobs_R, ref_logprobs_R: float32, or None where the step doesn't need them.
     """
 
     target_ids_R: torch.Tensor
-    sample_R: torch.Tensor
-    token_weights_R: torch.Tensor
-    advantages_R: torch.Tensor
     rollout_logprobs_R: torch.Tensor
+    sequences: PackedSequences
     old_logprobs_R: torch.Tensor | None = None
     ref_logprobs_R: torch.Tensor | None = None
 
-    def take(self, index: torch.Tensor) -> ResponseRows:
-        """Return the rows at `index` (int64), in that order."""
+    @property
+    def sequence_R(self) -> torch.Tensor:
+        """Which of the micro-batch's sequences each row belongs to, int32."""
+        row_R = torch.arange(len(self.target_ids_R), device=self.target_ids_R.device)
+        ends_S = self.sequences.offsets_S1[1:]
+        return torch.searchsorted(ends_S, row_R.int(), right=True, out_int32=True)
+
+    @property
+    def sample_R(self) -> torch.Tensor:
+        """Which of the step's samples each row belongs to, int64."""
+        return self.sequences.sample_S[self.sequence_R]
+
+    def take(self, index_R: torch.Tensor) -> ResponseRows:
+        """Return the rows at `index_R` (int64, ascending); a sequence may be left without any."""
         old, ref = self.old_logprobs_R, self.ref_logprobs_R
+        offsets_S1 = torch.searchsorted(index_R, self.sequences.offsets_S1.long(), out_int32=True)
         return ResponseRows(
-            target_ids_R=self.target_ids_R[index],
-            sample_R=self.sample_R[index],
-            token_weights_R=self.token_weights_R[index],
-            advantages_R=self.advantages_R[index],
-            rollout_logprobs_R=self.rollout_logprobs_R[index],
-            old_logprobs_R=None if old is None else old[index],
-            ref_logprobs_R=None if ref is None else ref[index],
+            target_ids_R=self.target_ids_R[index_R],
+            rollout_logprobs_R=self.rollout_logprobs_R[index_R],
+            sequences=replace(self.sequences, offsets_S1=offsets_S1),
+            old_logprobs_R=None if old is None else old[index_R],
+            ref_logprobs_R=None if ref is None else ref[index_R],
         )
 
 

@@ -19,6 +19,7 @@ class ModelConfig:
     dtype: str = "float32"  # float32 | bfloat16
     fp8: str = "off"  # off | hybrid | e4m3; needs Transformer Engine
     freeze_vision: bool = False
+    kernels: str = "auto"  # auto | triton | torch; auto: triton on a GPU
 
 
 @dataclass
@@ -118,12 +119,21 @@ class RewardConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO. With `kl_coefficient` 0 there is no reference model and no reference pass."""
+    """GRPO; every option's equation is in algorithms/grpo_loss.py. 0 leaves an option out.
 
+    With `kl_coefficient` 0 there is no reference model and no reference pass.
+    """
+
+    advantage_scale: str = "std"  # std | none (Dr.GRPO)
+    ratio: str = "token"  # token | sequence (GSPO)
     clip_low: float = 0.2
     clip_high: float = 0.2
+    dual_clip: float = 0.0  # above 1 + clip_high
+    tis_cap: float = 0.0  # on the ratio of the trainer's to the engine's probability
     kl_coefficient: float = 0.0
-    aggregation: str = "token_mean"  # token_mean | sequence_mean
+    entropy_coefficient: float = 0.0  # a bonus
+    # token_mean | sequence_mean | fixed_length (Dr.GRPO: of rollout.max_response_tokens)
+    aggregation: str = "token_mean"
     optimizer_steps_per_batch: int = 1
 
 

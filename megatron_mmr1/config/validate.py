@@ -216,6 +216,7 @@ def _check_run(seed: int, num_steps: int) -> None:
 
 
 def _check_model(config: ModelConfig) -> None:
+    _choice("model.kernels", config.kernels, ("auto", "triton", "torch"))
     _choice("model.dtype", config.dtype, _DTYPES)
     _choice("model.fp8", config.fp8, ("off", "hybrid", "e4m3"))
     if config.fp8 != "off":
@@ -324,8 +325,20 @@ def _check_algorithm(config: AlgorithmConfig) -> None:
         "does not keep 1 - clip_low between 0 and 1; use a number above 0 and below 1",
     )
     _positive("algorithm.clip_high", config.clip_high)
+    _choice("algorithm.advantage_scale", config.advantage_scale, ("std", "none"))
+    _choice("algorithm.ratio", config.ratio, ("token", "sequence"))
+    _require(
+        config.dual_clip == 0 or config.dual_clip > 1 + config.clip_high,
+        "algorithm.dual_clip",
+        config.dual_clip,
+        "is not above 1 + algorithm.clip_high; use 0 to leave it out, or a larger number",
+    )
+    _at_least("algorithm.tis_cap", config.tis_cap, 0)
     _at_least("algorithm.kl_coefficient", config.kl_coefficient, 0)
-    _choice("algorithm.aggregation", config.aggregation, ("token_mean", "sequence_mean"))
+    _at_least("algorithm.entropy_coefficient", config.entropy_coefficient, 0)
+    _choice(
+        "algorithm.aggregation", config.aggregation, ("token_mean", "sequence_mean", "fixed_length")
+    )
     _at_least("algorithm.optimizer_steps_per_batch", config.optimizer_steps_per_batch, 1)
 
 
