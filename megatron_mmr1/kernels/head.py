@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.kernels import closed_form, contract
-from megatron_mmr1.kernels.contract import Form, Given, SoftmaxRule, TokenGrpo, Vocabulary
+from megatron_mmr1.kernels.contract import Form, Given, TokenGrpo, Vocabulary
 from megatron_mmr1.types import ResponseRows
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of a chunk's logits

@@ -1,4 +1,4 @@
-"""Softmax over a cut vocabulary, one program a row of logits: statistics, and the gradient in place.
+"""Softmax over a cut vocabulary, a program a row of logits: statistics, and the gradient in place.
 
 A tile is [BLOCK / 8, 8]: a thread holds runs of 8 neighbours, which it loads and stores in 128-bit
 accesses and adds up by itself; threads meet once, after the loop. Exponentials are to base 2. Only
