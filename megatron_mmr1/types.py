@@ -194,6 +194,11 @@ class ResponseRows:
         """Which of the step's samples each row belongs to, int64."""
         return self.sequences.sample_S[self.sequence_R]
 
+    @property
+    def token_weights_R(self) -> torch.Tensor:
+        """Each row's share of the loss, float32."""
+        return self.sequences.weight_S[self.sequence_R]
+
     def take(self, index_R: torch.Tensor) -> ResponseRows:
         """Return the rows at `index_R` (int64, ascending); a sequence may be left without any."""
         old, ref = self.old_logprobs_R, self.ref_logprobs_R

@@ -10,10 +10,11 @@ device.prepare_process()
 import torch
 from helpers import samples_of
 
-from megatron_mmr1.backend import losses, parallel
+from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig, RolloutConfig
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.parity import ours
 from megatron_mmr1.parity.cases import make_samples
 from megatron_mmr1.parity.models import build_tiny
@@ -40,7 +41,7 @@ def main(name: str, folder: Path) -> None:
     def largest_and_mean() -> tuple[float, float]:
         samples = samples_of(list(engine.generate(prompts, sampling)))
         step = ours.build_step(policy, samples, Packing.at(ParallelConfig(), 1024), processor)
-        rule = losses.SoftmaxRule(1.0, processor.banned_token_ids)
+        rule = SoftmaxRule(1.0, processor.banned_token_ids)
         found = ours.of_samples(step, policy.logprobs(step, rule))
         expected = [sample.rollout_logprobs for sample in samples]
         differences = torch.cat([found[i] - x for i, x in enumerate(expected)]).abs()

@@ -29,6 +29,7 @@ from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.parity import ours
 from megatron_mmr1.parity.bounds import GRADIENT_BOUND, LOGPROB_BOUND, LOSS_BOUND
 from megatron_mmr1.parity.cases import make_samples
@@ -68,7 +69,7 @@ def one_process(folder: Path) -> Outcome:
     samples = make_samples(KIND, processor)
     packing = Packing.at(layout, MAX_TOKENS)
     step = ours.build_step(trained, samples, packing, processor)
-    rule = losses.SoftmaxRule(ours.TEMPERATURE, processor.banned_token_ids)
+    rule = SoftmaxRule(ours.TEMPERATURE, processor.banned_token_ids)
     now = ours.of_samples(step, trained.logprobs(step, rule))
     generator = torch.Generator().manual_seed(1)
     old, ref = (
@@ -197,14 +198,14 @@ def case_a_checkpoint_goes_on_at_any_other_layout() -> None:
     those of the run that was not moved.
     """
     processor = PromptProcessor(FOLDER / "model")
-    loss = losses.supervised(losses.SoftmaxRule(1.0, ()))
+    loss = losses.supervised()
 
     def train(trained: MegatronPolicy, layout: ParallelConfig, seeds: range) -> list[float]:
         found = []
         for seed in seeds:
             samples = make_samples(KIND, processor, seed)
             step = ours.build_step(trained, samples, Packing.at(layout, MAX_TOKENS), processor)
-            found.append(trained.train_step(step, loss)["loss"])
+            found.append(trained.train_step(step, loss, SoftmaxRule(1.0, ()))["loss"])
         return found
 
     if parallel.is_main():

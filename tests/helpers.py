@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_mmr1.backend import batching, losses
+from megatron_mmr1.backend import batching
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.convert import AttentionShape
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.data.tiny_model import TEXT_SIZES
+from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.parity.ours import build_step, of_rows, of_samples
 from megatron_mmr1.types import (
     Prompt,
@@ -117,9 +118,7 @@ def make_step(
     return build_step(policy, samples, Packing(max_tokens), processor, aggregation)
 
 
-def sample_logprobs(
-    policy: MegatronPolicy, step: StepBatch, rule: losses.SoftmaxRule
-) -> list[Tensor]:
+def sample_logprobs(policy: MegatronPolicy, step: StepBatch, rule: SoftmaxRule) -> list[Tensor]:
     """Log-probs [R] of each sample, in the order of the samples."""
     by_sample = of_samples(step, policy.logprobs(step, rule))
     return [by_sample[index] for index in sorted(by_sample)]
@@ -152,14 +151,12 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def samples_of(groups: Sequence[RolloutGroup]) -> list[batching.Sample]:
-    """What the engine sampled, as the trainer takes it; the advantage is any."""
+    """What the engine sampled, as the trainer takes it; the reward is any."""
     return [
         batching.Sample(
             group.prompt,
             torch.tensor(rollout.token_ids),
             torch.tensor(rollout.rollout_logprobs),
-            1.0,
-            True,
         )
         for group in groups
         for rollout in group.rollouts

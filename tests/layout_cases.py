@@ -5,6 +5,7 @@ How cases run and report: launched.py.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -22,19 +23,25 @@ from launched import run_cases
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_mmr1.algorithms import grpo_loss as definition
-from megatron_mmr1.backend import losses, parallel, vocab_parallel, weights
+from megatron_mmr1.backend import batching, losses, parallel, weights
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
-from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_mmr1.config.schema import (
+    AlgorithmConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.parity import ours
 from megatron_mmr1.parity.cases import make_samples
+from megatron_mmr1.parity.definition import definition_grpo
 from megatron_mmr1.types import StepBatch
 
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
-WHOLE_SOFTMAX = losses.SoftmaxRule(1.0, ())
+WHOLE_SOFTMAX = SoftmaxRule(1.0, ())
 SP = {"tp_size": 2, "sequence_parallel": True}
 LAYOUTS = {
     "DP4": {},
@@ -68,55 +75,54 @@ def make_step(policy: MegatronPolicy, layout: ParallelConfig, seed: int = 0) -> 
 
 
 def train(policy: MegatronPolicy, layout: ParallelConfig, steps: range) -> list[dict[str, float]]:
-    loss = losses.supervised(WHOLE_SOFTMAX)
-    return [policy.train_step(make_step(policy, layout, seed), loss) for seed in steps]
+    loss = losses.supervised()
+    return [
+        policy.train_step(make_step(policy, layout, seed), loss, WHOLE_SOFTMAX) for seed in steps
+    ]
 
 
-def case_vocab_parallel_logprobs_equal_the_definition() -> None:
-    """Forward and backward in float64, padding columns and banned tokens included."""
-    generator = torch.Generator().manual_seed(0)
-    num_rows, vocab, banned = 5, 22, (3, 17)
-    whole = torch.randn(num_rows, 24, generator=generator, dtype=torch.float64)
-    whole[:, vocab:] = -torch.inf
-    targets = torch.tensor([0, 5, 11, 16, 21])
-    gradients = torch.randn(2, num_rows, generator=generator, dtype=torch.float64)
-    expected_logits = whole[:, :vocab].clone().requires_grad_()
-    expected = definition.selective_logprobs(expected_logits, targets, 0.7, banned)
-    (gradients[0] * expected[0] + gradients[1] * expected[1]).sum().backward()
-    assert expected_logits.grad is not None
-    for name in ("DP4", "TP2 + SP, DP2", "TP4"):
-        lay(name)
-        size, rank = parallel.tp_group().size(), parallel.tp_group().rank()
-        local = whole.chunk(size, dim=1)[rank].clone().requires_grad_()
-        found = vocab_parallel.selective_logprobs(local, targets, 0.7, banned)
-        for ours_R, theirs_R in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours_R, theirs_R, rtol=1e-13, atol=1e-13)
-        (gradients[0] * found[0] + gradients[1] * found[1]).sum().backward()
-        padded = torch.nn.functional.pad(expected_logits.grad, (0, 24 - vocab))
-        assert local.grad is not None
-        torch.testing.assert_close(
-            local.grad, padded.chunk(size, dim=1)[rank], rtol=1e-12, atol=1e-14
+def case_every_option_of_the_loss_equals_the_definition_at_any_layout() -> None:
+    """One ratio a sequence, whose tokens lie on several context-parallel ranks; dual clip, capped
+    trainer/rollout ratio, KL and entropy bonus. Bounds as in parity/bounds.py: float32 sums in
+    another order.
+    """
+    config = AlgorithmConfig(
+        ratio="sequence",
+        dual_clip=1.3,
+        tis_cap=1.1,
+        kl_coefficient=0.1,
+        entropy_coefficient=0.01,
+        advantage_scale="none",
+    )
+    samples = make_samples("mixed", PromptProcessor(FOLDER / "untied"))
+
+    def train(
+        layout: ParallelConfig, loss: losses.LossFunction
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        policy = make_policy(layout)
+        step = ours.build_step(
+            policy, samples, Packing.at(layout, 64), PromptProcessor(FOLDER / "untied")
         )
+        lengths = [len(sample.response_token_ids) for sample in samples]
+        noise = torch.randn(2, sum(lengths), generator=torch.Generator().manual_seed(3)) / 3
+        constants = [
+            [s.rollout_logprobs + n for s, n in zip(samples, one.split(lengths), strict=True)]
+            for one in noise
+        ]
+        old, ref = ([ours.of_rows(c, b) for b in step.micro_batches] for c in constants)
+        rule = SoftmaxRule(0.7, (3, 17))
+        metrics = policy.train_step(batching.with_logprobs(step, old, ref), loss, rule)
+        return metrics, {name: tensor.clone() for name, tensor in policy.named_gradients()}
 
-
-def case_a_gradient_of_the_entropy_over_one_shard_would_be_noticed() -> None:
-    """Negative control: without adding up over ranks what every shard says of the common total."""
-    lay("TP2 + SP, DP2")
-    torch.manual_seed(0)
-    whole = torch.randn(3, 8, dtype=torch.float64)
-    rank = parallel.tp_group().rank()
-
-    def entropy_gradient() -> Tensor:
-        local = whole.chunk(2, dim=1)[rank].clone().requires_grad_()
-        _, entropy = vocab_parallel.selective_logprobs(local, torch.tensor([0, 1, 7]), 1.0, ())
-        entropy.sum().backward()
-        assert local.grad is not None
-        return local.grad
-
-    right = entropy_gradient()
-    with patch.object(vocab_parallel, "copy_to_tensor_model_parallel_region", lambda x: x):
-        wrong = entropy_gradient()
-    assert (right - wrong).abs().max() > 1e-3
+    expected, expected_gradients = train(lay("DP4"), definition_grpo(config))
+    assert 0 < expected["tis_truncated_fraction"] < 1 and expected["clip_fraction"] > 0
+    for name in LAYOUTS:
+        metrics, gradients = train(lay(name), losses.grpo(config))
+        for key, value in expected.items():
+            if not key.startswith("packing"):
+                assert math.isclose(metrics[key], value, rel_tol=1e-5, abs_tol=1e-5), (name, key)
+        for key, gradient in expected_gradients.items():
+            assert relative_difference(gradients[key], gradient) < 1e-5, (name, key)
 
 
 def case_exported_weights_are_the_model_file_bit_for_bit() -> None:
@@ -251,7 +257,7 @@ def case_ranks_with_nothing_to_do_keep_the_others_company() -> None:
         layout = lay(name)
         policy = make_policy(layout)
         step = ours.build_step(policy, samples, Packing.at(layout, 64), processor)
-        metrics = policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))
+        metrics = policy.train_step(step, losses.supervised(), WHOLE_SOFTMAX)
         policy.logprobs(step, WHOLE_SOFTMAX)
         losses_found.append((metrics["loss"], metrics["grad_norm"]))
     for loss, norm in losses_found:
@@ -268,7 +274,7 @@ def case_reference_logprobs_and_metrics_are_the_same_on_every_rank() -> None:
         )  # fmt: skip
         step = make_step(policy, layout)
         start = torch.cat(policy.logprobs(step, WHOLE_SOFTMAX))
-        metrics = policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))
+        metrics = policy.train_step(step, losses.supervised(), WHOLE_SOFTMAX)
         assert (torch.cat(policy.logprobs(step, WHOLE_SOFTMAX)) - start).abs().max() > 0.01
         assert torch.equal(torch.cat(policy.reference_logprobs(step, WHOLE_SOFTMAX)), start)
         everyone = parallel.gather_over_world([metrics])

@@ -23,10 +23,11 @@ from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.convert.torch_dist import read_metadata
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
-WHOLE_SOFTMAX = losses.SoftmaxRule(1.0, ())
+WHOLE_SOFTMAX = SoftmaxRule(1.0, ())
 
 Samples = list[batching.Sample]
 
@@ -45,22 +46,22 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(
     run_dir: Path,
     dtype: str,
 ):
-    loss = losses.supervised(WHOLE_SOFTMAX)
+    loss = losses.supervised()
     policy = make_policy(tiny_model_dir, dtype=dtype)
     step = make_step(policy, tiny_processor, samples)
     checkpoints = Checkpoints(run_dir, keep_last=2)
     for _ in range(2):
-        policy.train_step(step, loss)
+        policy.train_step(step, loss, WHOLE_SOFTMAX)
     state = {"step": 2, "best": 0.5, "sampler": {"draws": [1, 2]}}
     checkpoints.save(2, policy, state, is_best=True)
     random_numbers = torch.rand(3)
-    metrics = [policy.train_step(step, loss) for _ in range(2)]
+    metrics = [policy.train_step(step, loss, WHOLE_SOFTMAX) for _ in range(2)]
 
     fresh = make_policy(tiny_model_dir, dtype=dtype)
     assert checkpoints.newest() == 2
     assert checkpoints.load(2, fresh) == state
     assert torch.equal(torch.rand(3), random_numbers)
-    assert [fresh.train_step(step, loss) for _ in range(2)] == metrics
+    assert [fresh.train_step(step, loss, WHOLE_SOFTMAX) for _ in range(2)] == metrics
     expected = weights(policy)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.named_tensors())
 
@@ -154,7 +155,9 @@ def test_no_other_file_of_a_checkpoint_can_run_code(
     name: str,
 ):
     policy, checkpoints = make_policy(tiny_model_dir), Checkpoints(run_dir, keep_last=2)
-    policy.train_step(make_step(policy, tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
+    policy.train_step(
+        make_step(policy, tiny_processor, samples), losses.supervised(), WHOLE_SOFTMAX
+    )
     checkpoints.save(1, policy, {}, is_best=False)
     proof = run_dir / "it_ran"
     plant(run_dir / "checkpoints" / "step_1", name, RunsACommand(f"touch '{proof}'"))

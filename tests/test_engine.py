@@ -15,10 +15,13 @@ from helpers import make_policy, make_step, mixed_prompts, png, sample_logprobs,
 from torch import Tensor
 
 from megatron_mmr1.backend import losses
+from megatron_mmr1.backend.layout import LocalView
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
+from megatron_mmr1.kernels.head import OutputHead
 from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
-from megatron_mmr1.types import Prompt, ResponseRows, RolloutGroup
+from megatron_mmr1.types import Prompt, RolloutGroup
 from megatron_mmr1.weight_sync import WeightSync
 
 pytestmark = pytest.mark.vllm
@@ -66,7 +69,7 @@ def differences(
     if banned_token_ids is None:
         banned_token_ids = processor.banned_token_ids
     step = make_step(policy, processor, samples)
-    rows = sample_logprobs(policy, step, losses.SoftmaxRule(temperature, banned_token_ids))
+    rows = sample_logprobs(policy, step, SoftmaxRule(temperature, banned_token_ids))
     return torch.cat([(a - s.rollout_logprobs).abs() for a, s in zip(rows, samples, strict=True)])
 
 
@@ -157,13 +160,14 @@ def test_a_greedy_response_is_the_most_likely_token_each_time(
     assert tokens(groups) == tokens(generate(engine, prompts, replace(greedy, seed=5, step=9)))
     likeliest: list[Tensor] = []
 
-    def look(logits_RV: Tensor, rows: ResponseRows) -> losses.LossResult:
-        allowed_RV = logits_RV.detach().clone()
+    def look(hidden_RD: Tensor, head: OutputHead, view: LocalView) -> losses.LossResult:
+        allowed_RV = hidden_RD.detach() @ head.local_weight.detach().t()
         allowed_RV[:, list(tiny_processor.banned_token_ids)] = -torch.inf
-        likeliest.append(allowed_RV.argmax(-1) == rows.target_ids_R)
-        return losses.LossResult(0 * logits_RV.sum())
+        likeliest.append(allowed_RV.argmax(-1) == view.rows.target_ids_R)
+        return losses.LossResult(0 * hidden_RD.sum())
 
-    policy.train_step(make_step(policy, tiny_processor, samples_of(groups)), look)
+    step = make_step(policy, tiny_processor, samples_of(groups))
+    policy.train_step(step, look, SoftmaxRule(1.0, ()))
     assert len(torch.cat(likeliest)) == sum(len(r.token_ids) for g in groups for r in g.rollouts)
     assert torch.cat(likeliest).all()
 
@@ -178,8 +182,8 @@ def test_a_pushed_update_reaches_the_engine(
     sync = WeightSync(policy, engine)
     before = generate(engine, prompts)
     step = make_step(policy, tiny_processor, samples_of(before))
-    rule = losses.SoftmaxRule(1.0, tiny_processor.banned_token_ids)
-    policy.train_step(step, losses.supervised(rule))
+    rule = SoftmaxRule(1.0, tiny_processor.banned_token_ids)
+    policy.train_step(step, losses.supervised(), rule)
     sync.push(version=1)
     after = generate(engine, prompts)
     assert {group.weight_version for group in before} == {0}

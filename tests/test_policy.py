@@ -6,6 +6,7 @@ but copying happens, the bound is 0.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +32,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_mmr1 import device
-from megatron_mmr1.algorithms.advantages import group_advantages
 from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.layer_spec import layer_spec
 from megatron_mmr1.backend.vision import CHUNK_PATCHES, StepFeatures
@@ -39,12 +39,14 @@ from megatron_mmr1.config.schema import AlgorithmConfig, ParallelConfig
 from megatron_mmr1.convert import FAMILIES, AttentionShape, megatron_to_hf, required_hf_names
 from megatron_mmr1.convert.rules import gather, merge, shard, split
 from megatron_mmr1.data.processor import PromptProcessor
-from megatron_mmr1.parity.reference import hf_gradients, hf_logprobs, load_hf
+from megatron_mmr1.kernels.contract import SoftmaxRule
+from megatron_mmr1.parity.controls import scaled
+from megatron_mmr1.parity.reference import advantages, hf_gradients, hf_logprobs, load_hf
 from megatron_mmr1.types import ScoredGroup, StepBatch, Verdict
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
-WHOLE_SOFTMAX = losses.SoftmaxRule(1.0, ())
+WHOLE_SOFTMAX = SoftmaxRule(1.0, ())
 LOGPROB_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-5
 SUM_TOLERANCE = 1e-6  # the same terms of a scalar, added up in another order
@@ -53,8 +55,8 @@ Samples = list[batching.Sample]
 
 
 @pytest.fixture(scope="module")
-def rule(tiny_processor: PromptProcessor) -> losses.SoftmaxRule:
-    return losses.SoftmaxRule(0.7, tiny_processor.banned_token_ids)
+def rule(tiny_processor: PromptProcessor) -> SoftmaxRule:
+    return SoftmaxRule(0.7, tiny_processor.banned_token_ids)
 
 
 # Log-probs (at other layouts than one process: tests/test_parity.py)
@@ -65,7 +67,7 @@ def worst_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def all_hf_logprobs(model: Any, samples: Samples, rule: losses.SoftmaxRule) -> list[Tensor]:
+def all_hf_logprobs(model: Any, samples: Samples, rule: SoftmaxRule) -> list[Tensor]:
     return [hf_logprobs(model, s, rule.temperature, rule.banned_token_ids) for s in samples]
 
 
@@ -75,7 +77,7 @@ def test_logprobs_equal_hugging_face(
     folder_name: str,
     tiny_processor: PromptProcessor,
     samples: Samples,
-    rule: losses.SoftmaxRule,
+    rule: SoftmaxRule,
 ):
     folder = request.getfixturevalue(folder_name)
     policy = make_policy(folder)
@@ -94,7 +96,7 @@ def test_a_step_without_images_equals_hugging_face(
     ours = sample_logprobs(policy, step, WHOLE_SOFTMAX)
     theirs = all_hf_logprobs(load_hf(tiny_model_dir), text_only, WHOLE_SOFTMAX)
     assert worst_difference(ours, theirs) <= LOGPROB_TOLERANCE
-    assert policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))["grad_norm"] > 0
+    assert policy.train_step(step, losses.supervised(), WHOLE_SOFTMAX)["grad_norm"] > 0
     assert all(not g.any() for name, g in gradients(policy).items() if name.startswith("visual."))
 
 
@@ -149,7 +151,7 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_face_in_bfloat16(
 # Loss and gradients
 
 
-def constants_for(model: Any, samples: Samples, rule: losses.SoftmaxRule) -> list[list[Tensor]]:
+def constants_for(model: Any, samples: Samples, rule: SoftmaxRule) -> list[list[Tensor]]:
     """Old and reference log-probs, so far from the present ones that some ratios are clipped."""
     torch.manual_seed(0)
     now = all_hf_logprobs(model, samples, rule)
@@ -159,17 +161,17 @@ def constants_for(model: Any, samples: Samples, rule: losses.SoftmaxRule) -> lis
 def hf_grpo_loss(
     model: Any,
     samples: Samples,
-    rule: losses.SoftmaxRule,
+    rule: SoftmaxRule,
     constants: list[list[Tensor]],
     config: AlgorithmConfig,
 ) -> Tensor:
     """The equations, a sequence at a time, unpadded, with autograd through Hugging Face."""
     per_sequence = []
-    for sample, old, ref in zip(samples, *constants, strict=True):
+    for sample, advantage, old, ref in zip(samples, advantages(samples), *constants, strict=True):
         logprobs = hf_logprobs(model, sample, rule.temperature, rule.banned_token_ids)
         ratio = (logprobs - old).exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        gain = torch.minimum(ratio * sample.advantage, clipped * sample.advantage)
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
         kl = (ref - logprobs).exp() - (ref - logprobs) - 1
         per_sequence.append(-gain + config.kl_coefficient * kl)
     if config.aggregation == "token_mean":
@@ -197,7 +199,7 @@ def test_every_supervised_gradient_equals_hugging_face_autograd(
     loss = -torch.cat([hf_logprobs(model, sample, 1.0, ()) for sample in samples]).mean()
     loss.backward()
     step = make_step(policy, tiny_processor, samples)
-    metrics = policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))
+    metrics = policy.train_step(step, losses.supervised(), WHOLE_SOFTMAX)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=SUM_TOLERANCE)
     assert_gradients_equal(gradients(policy), model)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
@@ -209,7 +211,7 @@ def test_every_grpo_gradient_equals_hugging_face_autograd(
     tiny_model_dir: Path,
     tiny_processor: PromptProcessor,
     samples: Samples,
-    rule: losses.SoftmaxRule,
+    rule: SoftmaxRule,
     aggregation: str,
 ):
     config = AlgorithmConfig(kl_coefficient=0.1, aggregation=aggregation)
@@ -218,7 +220,7 @@ def test_every_grpo_gradient_equals_hugging_face_autograd(
     loss = hf_grpo_loss(model, samples, rule, constants, config)
     loss.backward()
     step = make_step(policy, tiny_processor, samples, aggregation=aggregation)
-    metrics = policy.train_step(with_constants(step, *constants), losses.grpo(config, rule))
+    metrics = policy.train_step(with_constants(step, *constants), losses.grpo(config), rule)
     assert 0 < metrics["clip_fraction"] < 1, "the case must have clipped and unclipped tokens"
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)  # terms of both signs cancel
     assert_gradients_equal(gradients(policy), model)
@@ -229,7 +231,7 @@ def test_loss_and_gradients_do_not_change_with_the_packing(
     tiny_model_dir: Path,
     tiny_processor: PromptProcessor,
     samples: Samples,
-    rule: losses.SoftmaxRule,
+    rule: SoftmaxRule,
     aggregation: str,
 ):
     """The order of additions changes, which float32 rounds."""
@@ -242,7 +244,7 @@ def test_loss_and_gradients_do_not_change_with_the_packing(
         policy = make_policy(tiny_model_dir)
         step = change(make_step(policy, tiny_processor, samples, max_tokens, aggregation))
         step = with_constants(step, *constants)
-        metrics = policy.train_step(step, losses.grpo(config, rule))
+        metrics = policy.train_step(step, losses.grpo(config), rule)
         return metrics, gradients(policy), len(step.micro_batches)
 
     whole, whole_gradients, num_batches = train(1024)
@@ -258,9 +260,8 @@ def test_loss_and_gradients_do_not_change_with_the_packing(
     def own_denominators(step: StepBatch) -> StepBatch:
         batches = []
         for batch in step.micro_batches:
-            weights_R = batch.rows.token_weights_R
-            own_R = weights_R / weights_R.sum() / len(step.micro_batches)
-            batches.append(replace(batch, rows=replace(batch.rows, token_weights_R=own_R)))
+            own = float(batch.rows.token_weights_R.sum()) * len(step.micro_batches)
+            batches.append(replace(batch, rows=scaled(batch.rows, 1 / own)))
         return replace(step, micro_batches=tuple(batches))
 
     assert train(64, own_denominators)[0]["loss"] != pytest.approx(whole["loss"], rel=1e-3)
@@ -276,7 +277,7 @@ def test_images_of_a_group_are_encoded_once_a_step(
     prompts = mixed_prompts(tiny_processor)
     samples = batching.samples_of_groups(scored_groups(prompts, tiny_processor, group_size=4))
     num_patches = sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)
-    loss = losses.grpo(AlgorithmConfig(), WHOLE_SOFTMAX)
+    loss = losses.grpo(AlgorithmConfig())
     for freeze_vision in (False, True):
         policy = make_policy(
             tiny_model_dir,
@@ -289,11 +290,11 @@ def test_images_of_a_group_are_encoded_once_a_step(
         step = make_step(policy, tiny_processor, samples, max_tokens=64)
         split = [b.rows.sample_R.div(4, rounding_mode="floor") for b in step.micro_batches]
         assert sum(bool((groups == 0).any()) for groups in split) > 1, "a group in one micro-batch"
-        policy.train_step(step, loss)
+        policy.train_step(step, loss, WHOLE_SOFTMAX)
         repeats = 2 if recompute == "full" and not freeze_vision else 1
         assert sum(passes) == repeats * num_patches
         old = policy.logprobs(step, WHOLE_SOFTMAX)
-        policy.train_step(batching.with_logprobs(step, old), loss)
+        policy.train_step(batching.with_logprobs(step, old), loss, WHOLE_SOFTMAX)
         assert sum(passes) == (num_patches if freeze_vision else num_patches * (2 * repeats + 1))
 
 
@@ -343,18 +344,14 @@ def test_a_response_that_could_not_be_judged_counts_as_absent(
     groups = scored_groups(prompts, tiny_processor, group_size=4, seed=1)
     groups = [without_verdict(groups[0], 1), *groups[1:3], without_verdict(groups[3], 3)]
     samples = batching.samples_of_groups(groups)
-    judged = [s for s in samples if s.is_kept]
+    judged = [s for s in samples if not math.isnan(s.reward)]
     assert len(judged) == len(samples) - 2
-    rewards = torch.tensor([[s.reward for i, s in enumerate(groups[0].scores) if i != 1]])
-    assert [s.advantage for s in samples[:4] if s.is_kept] == pytest.approx(
-        group_advantages(rewards)[0].tolist()
-    )
-    loss = losses.grpo(AlgorithmConfig(aggregation=aggregation), WHOLE_SOFTMAX)
+    loss = losses.grpo(AlgorithmConfig(aggregation=aggregation))
     results = []
     for present in (samples, judged):
         policy = make_policy(tiny_model_dir)
         step = make_step(policy, tiny_processor, present, 1024, aggregation)
-        metrics = policy.train_step(step, loss)
+        metrics = policy.train_step(step, loss, WHOLE_SOFTMAX)
         results.append((metrics["loss"], metrics["grad_norm"], gradients(policy)))
     (loss_all, norm_all, with_them), (loss_judged, norm_judged, without) = results
     # Centred advantages make the loss nearly zero: the bound is in units of its terms, of order 1.
@@ -398,7 +395,7 @@ def test_reference_logprobs_stay_those_of_the_start(
     policy = make_policy(tiny_model_dir, lr=1e-2, keep_reference=True)
     step = make_step(policy, tiny_processor, samples)
     start = torch.cat(policy.logprobs(step, WHOLE_SOFTMAX))
-    policy.train_step(step, losses.supervised(WHOLE_SOFTMAX))
+    policy.train_step(step, losses.supervised(), WHOLE_SOFTMAX)
     trained = weights(policy)
     reference = torch.cat(policy.reference_logprobs(step, WHOLE_SOFTMAX))
     now = torch.cat(policy.logprobs(step, WHOLE_SOFTMAX))
@@ -412,7 +409,9 @@ def test_a_frozen_vision_tower_does_not_move(
 ):
     policy = make_policy(tiny_model_dir, lr=1e-2, freeze_vision=True)
     before = weights(policy)
-    policy.train_step(make_step(policy, tiny_processor, samples), losses.supervised(WHOLE_SOFTMAX))
+    policy.train_step(
+        make_step(policy, tiny_processor, samples), losses.supervised(), WHOLE_SOFTMAX
+    )
     for name, tensor in policy.named_tensors():
         assert torch.equal(tensor, before[name]) == name.startswith("visual."), name
 

@@ -9,21 +9,23 @@ N samples, T packed tokens, R response tokens, M image tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_mmr1 import device
-from megatron_mmr1.algorithms.advantages import group_advantages
 from megatron_mmr1.algorithms.grpo_loss import token_weights
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.packing import StepCost, pad_to
 from megatron_mmr1.backend.plan import Packing, SampleSize, StepPlan, padded_lengths, plan_step
+from megatron_mmr1.kernels.sequences import pack_sequences
 from megatron_mmr1.types import (
     Demonstration,
     PackedBatch,
+    PackedSequences,
     Prompt,
     PromptImages,
     ResponseRows,
@@ -48,15 +50,13 @@ class Sample:
     Attributes:
         response_token_ids: int64 [R].
         rollout_logprobs: float32 [R]; zeros for a demonstration.
-        is_kept: False for a response that could not be judged: it carries no loss and counts in no
-            denominator.
+        reward: see `SampleSize`.
     """
 
     prompt: Prompt
     response_token_ids: Tensor
     rollout_logprobs: Tensor
-    advantage: float
-    is_kept: bool
+    reward: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,14 @@ class StepBuilder:
 
     Attributes:
         cost: balances data-parallel ranks.
-        aggregation: see algorithms.grpo_loss.token_weights.
+        aggregation, fixed_length: see algorithms.grpo_loss.token_weights.
     """
 
     packing: Packing
     cost: StepCost
-    aggregation: str
     images: ImageTokens
+    aggregation: str = "token_mean"
+    fixed_length: int = 0
 
     def build(
         self, sizes: Sequence[SampleSize], sample: Callable[[int], Sample]
@@ -125,8 +126,78 @@ class StepBuilder:
                 those of its images.
         """
         plan = plan_step(sizes, self.packing, self.cost, parallel.dp_size())
-        args = self.packing, self.aggregation, self.images
-        return _build(plan, parallel.dp_rank(), sizes, sample, *args), plan
+        return self._build(plan, parallel.dp_rank(), sizes, sample), plan
+
+    def _build(
+        self,
+        plan: StepPlan,
+        dp_rank: int,
+        sizes: Sequence[SampleSize],
+        sample: Callable[[int], Sample],
+    ) -> StepBatch:
+        """Build the tensors of one data-parallel rank's share."""
+        bins = plan.micro_batches[dp_rank]
+        lengths = padded_lengths(bins, sizes, self.packing)
+        samples = {index: sample(index) for indices in bins for index in indices}
+        first_feature: dict[str, int] = {}
+        encoded: list[PromptImages] = []
+        num_features = 0
+        for index in sorted(samples):
+            prompt = samples[index].prompt
+            if prompt.image_grid_thw is None or prompt.prompt_id in first_feature:
+                continue
+            first_feature[prompt.prompt_id] = num_features
+            num_features += self.images.check(prompt)
+            if self.images.are_encoded_here:
+                assert prompt.pixel_values is not None
+                encoded.append(PromptImages(prompt.pixel_values, prompt.image_grid_thw))
+        worth = self._worth(plan, sizes)
+        micro_batches = tuple(
+            _micro_batch(
+                [(i, samples[i]) for i in indices],
+                length,
+                self.packing,
+                worth,
+                first_feature,
+                self.images,
+            )
+            for indices, length in zip(bins, lengths, strict=True)
+        )
+        return StepBatch(micro_batches, tuple(encoded))
+
+    def _worth(self, plan: StepPlan, sizes: Sequence[SampleSize]) -> _Worth:
+        """Put the rewards of the whole step in groups; give each sample its token weight."""
+        order = [index for group in plan.groups for index in group]
+        weights_N = token_weights(
+            torch.tensor([size.num_response_tokens for size in sizes]),
+            torch.tensor([size.is_kept for size in sizes]),
+            self.aggregation,
+            plan.num_tokens,
+            plan.num_sequences,
+            self.fixed_length,
+        )
+        return _Worth(
+            torch.tensor([sizes[index].reward for index in order], dtype=torch.float32),
+            list(accumulate((len(group) for group in plan.groups), initial=0)),
+            {index: place for place, index in enumerate(order)},
+            weights_N.tolist(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Worth:
+    """What the step's samples, on all ranks, are worth.
+
+    Attributes:
+        rewards_N: float32, group by group; `group_offsets` says where each begins, and N.
+        place: where a sample has its reward.
+        weights: of each token of a sample, by sample.
+    """
+
+    rewards_N: Tensor
+    group_offsets: list[int]
+    place: dict[int, int]
+    weights: list[float]
 
 
 def size_of(sample: Sample) -> SampleSize:
@@ -137,35 +208,28 @@ def size_of(sample: Sample) -> SampleSize:
         len(sample.prompt.token_ids),
         len(sample.response_token_ids),
         () if grid is None else tuple(grid.prod(-1).tolist()),
-        sample.is_kept,
+        sample.reward,
     )
 
 
 def samples_of_groups(groups: Sequence[ScoredGroup]) -> list[Sample]:
-    """Turn scored groups into samples, advantages included
-    (group-normalised: algorithms.advantages).
-    """
-    rewards_PG = torch.tensor([[score.reward for score in g.scores] for g in groups])
-    advantages_PG = group_advantages(rewards_PG)
+    """Turn scored groups into samples; their advantages are made with the loss."""
     return [
         Sample(
             group.group.prompt,
             torch.tensor(rollout.token_ids, dtype=torch.long),
             torch.tensor(rollout.rollout_logprobs, dtype=torch.float32),
-            advantage,
-            score.verdict.outcome != "could_not_judge",
+            score.reward,
         )
-        for group, advantages in zip(groups, advantages_PG.tolist(), strict=True)
-        for rollout, score, advantage in zip(
-            group.group.rollouts, group.scores, advantages, strict=True
-        )
+        for group in groups
+        for rollout, score in zip(group.group.rollouts, group.scores, strict=True)
     ]
 
 
 def sample_of_demonstration(demonstration: Demonstration) -> Sample:
-    """Turn a demonstration into a sample; the advantage is not used."""
+    """Turn a demonstration into a sample; the reward is not used."""
     response = demonstration.response_token_ids
-    return Sample(demonstration.prompt, response, torch.zeros(len(response)), 0.0, True)
+    return Sample(demonstration.prompt, response, torch.zeros(len(response)))
 
 
 def with_logprobs(
@@ -183,58 +247,20 @@ def with_logprobs(
     return replace(step, micro_batches=tuple(batches))
 
 
-def _build(
-    plan: StepPlan,
-    dp_rank: int,
-    sizes: Sequence[SampleSize],
-    sample: Callable[[int], Sample],
-    packing: Packing,
-    aggregation: str,
-    images: ImageTokens,
-) -> StepBatch:
-    """Build the tensors of one data-parallel rank's share."""
-    bins = plan.micro_batches[dp_rank]
-    lengths = padded_lengths(bins, sizes, packing)
-    samples = {index: sample(index) for indices in bins for index in indices}
-    first_feature: dict[str, int] = {}
-    encoded: list[PromptImages] = []
-    num_features = 0
-    for index in sorted(samples):
-        prompt = samples[index].prompt
-        if prompt.image_grid_thw is None or prompt.prompt_id in first_feature:
-            continue
-        first_feature[prompt.prompt_id] = num_features
-        num_features += images.check(prompt)
-        if images.are_encoded_here:
-            assert prompt.pixel_values is not None
-            encoded.append(PromptImages(prompt.pixel_values, prompt.image_grid_thw))
-    kept_N = torch.tensor([size.is_kept for size in sizes])
-    responses_N = torch.tensor([size.num_response_tokens for size in sizes])
-    weights_N = token_weights(
-        responses_N, kept_N, aggregation, plan.num_tokens, plan.num_sequences
-    ).tolist()
-    micro_batches = tuple(
-        _micro_batch(
-            [(i, samples[i], weights_N[i]) for i in indices], length, packing, first_feature, images
-        )
-        for indices, length in zip(bins, lengths, strict=True)
-    )
-    return StepBatch(micro_batches, tuple(encoded))
-
-
 def _micro_batch(
-    samples: Sequence[tuple[int, Sample, float]],
+    samples: Sequence[tuple[int, Sample]],
     length: int,
     packing: Packing,
+    worth: _Worth,
     first_feature: dict[str, int],
     images: ImageTokens,
 ) -> PackedBatch:
-    """Lay (index, sample, token weight) end to end in `length` tokens."""
+    """Lay (index, sample) end to end in `length` tokens."""
     token_ids_T = torch.zeros(length, dtype=torch.long)
     position_ids_3T = torch.zeros(3, length, dtype=torch.long)
     boundaries, predicts = [0], [torch.zeros(0, dtype=torch.long)]
     visual_positions, visual_features = list(predicts), list(predicts)
-    for _, sample, _ in samples:
+    for _, sample in samples:
         prompt, response = sample.prompt, sample.response_token_ids
         start = boundaries[-1]
         middle, end = start + len(prompt.token_ids), start + len(prompt.token_ids) + len(response)
@@ -254,16 +280,19 @@ def _micro_batch(
     while boundaries[-1] < length:
         boundaries.append(min(boundaries[-1] + piece, length))
 
-    def each(values: list[float]) -> Tensor:
-        counts = torch.tensor([len(s.response_token_ids) for _, s, _ in samples], dtype=torch.long)
-        return torch.tensor(values).repeat_interleave(counts)
-
+    lengths = [len(sample.response_token_ids) for _, sample in samples]
     rows = ResponseRows(
-        target_ids_R=_joined([s.response_token_ids for _, s, _ in samples], torch.long),
-        sample_R=each([i for i, _, _ in samples]).long(),
-        token_weights_R=each([weight for _, _, weight in samples]),
-        advantages_R=each([s.advantage for _, s, _ in samples]),
-        rollout_logprobs_R=_joined([s.rollout_logprobs for _, s, _ in samples], torch.float32),
+        target_ids_R=_joined([s.response_token_ids for _, s in samples], torch.long),
+        rollout_logprobs_R=_joined([s.rollout_logprobs for _, s in samples], torch.float32),
+        sequences=pack_sequences(
+            list(accumulate(lengths, initial=0)),
+            sum(lengths),
+            sample=[index for index, _ in samples],
+            weight=[worth.weights[index] for index, _ in samples],
+            reward_index=[worth.place[index] for index, _ in samples],
+            group_offsets=worth.group_offsets,
+            rewards_N=worth.rewards_N,
+        ),
     )
     batch = PackedBatch(
         token_ids_T,
@@ -291,11 +320,15 @@ def _on_device(batch: PackedBatch) -> PackedBatch:
         visual_position_M=batch.visual_position_M.to(target),
         visual_feature_M=batch.visual_feature_M.to(target),
         predicts_R=batch.predicts_R.to(target),
-        rows=ResponseRows(
-            rows.target_ids_R.to(target),
-            rows.sample_R.to(target),
-            rows.token_weights_R.to(target),
-            rows.advantages_R.to(target),
-            rows.rollout_logprobs_R.to(target),
+        rows=replace(
+            rows,
+            target_ids_R=rows.target_ids_R.to(target),
+            rollout_logprobs_R=rows.rollout_logprobs_R.to(target),
+            sequences=PackedSequences(
+                **{
+                    f.name: getattr(rows.sequences, f.name).to(target)
+                    for f in fields(PackedSequences)
+                }
+            ),
         ),
     )

@@ -33,6 +33,7 @@ class LocalView:
         predicts_R: local positions whose logits predict the response tokens of `rows`.
         row_index_R: which of the batch's rows these are.
         rows: the local rows.
+        whole_rows: all rows of the batch.
     """
 
     token_ids_T: Tensor
@@ -43,6 +44,7 @@ class LocalView:
     predicts_R: Tensor
     row_index_R: Tensor
     rows: ResponseRows
+    whole_rows: ResponseRows
 
 
 def local_view(batch: PackedBatch) -> LocalView:
@@ -66,6 +68,7 @@ def local_view(batch: PackedBatch) -> LocalView:
         predicts_R=predicts_R[row_index_R],
         row_index_R=row_index_R,
         rows=batch.rows.take(row_index_R),
+        whole_rows=batch.rows,
     )
 
 

@@ -7,8 +7,8 @@ Parallelism: the vision tower and the embedding are on the first pipeline stage,
 the last. Order on the first stage: tokens are cut over context-parallel ranks, embedded, image
 features put in, and then cut over tensor-parallel ranks (sequence parallelism).
 
-T tokens of this rank, R its response tokens, V its part of the vocabulary, D hidden, M image
-tokens, K layers that take image features of their own (deepstack).
+T tokens of this rank, R its response tokens, D hidden, M image tokens, K layers that take image
+features of their own (deepstack).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mmr1 import device
+from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.attention import VisualRows
 from megatron_mmr1.backend.layer_spec import block_spec
 from megatron_mmr1.backend.layout import LocalView
@@ -36,6 +37,8 @@ from megatron_mmr1.backend.rotary import Rotary
 from megatron_mmr1.backend.towers import build_tower, num_deepstack_layers
 from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
 from megatron_mmr1.convert import family_of
+from megatron_mmr1.kernels.contract import SoftmaxRule, Vocabulary
+from megatron_mmr1.kernels.head import OutputHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -146,7 +149,10 @@ def _refuse_other_parts(text: Any, has_qkv_bias: bool) -> None:
 
 
 class PolicyStage(MegatronModule):
-    """One pipeline stage of the policy network: tokens and image features in, logits out.
+    """One pipeline stage of the policy network: tokens and image features in, hidden states out.
+
+    The output layer's weight is on the last stage; `output_head` says what it and the loss make of
+    the hidden states, chunk by chunk (kernels/head.py). Megatron's own layer is not called.
 
     Attributes:
         vision: the tower, on the first stage of a vision-language model.
@@ -192,9 +198,6 @@ class PolicyStage(MegatronModule):
                     AddFeatures(config, index + 1), with_kwargs=True
                 )
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
-        if self.post_process:
-            # We gather the tokens before we choose rows; the layer must not gather again.
-            self.language.output_layer.sequence_parallel = False
         # Parameters only: the vision tower's rotary frequencies, a buffer, stay float32, as Hugging
         # Face keeps them. Torch norms come in float32; with both dtypes in one model Megatron saves
         # optimizer states under other parameters' names.
@@ -224,9 +227,8 @@ class PolicyStage(MegatronModule):
                 without images.
 
         Returns:
-            On the last stage the logits [R, V] that predict `view.rows`, in the parameters' dtype:
-            only these rows go through the output layer, and columns that stand for no token are
-            -inf. On other stages the activations [T, 1, D].
+            On the last stage the hidden states [R, D] that predict `view.rows`, the same on every
+            tensor-parallel rank. On other stages the activations [T, 1, D].
         """
         if self.pre_process and features_MD is not None:
             view.sequences.visual = VisualRows(
@@ -238,7 +240,7 @@ class PolicyStage(MegatronModule):
             attention_mask=None,
             decoder_input=self._embed(view, features_MD) if self.pre_process else None,
             packed_seq_params=view.sequences,
-            output_processor=self._logits_of_response_rows,
+            output_processor=self._response_rows,
             output_processor_context=view,
         )
 
@@ -254,30 +256,23 @@ class PolicyStage(MegatronModule):
             embeddings_T1D = scatter_to_sequence_parallel_region(embeddings_T1D)
         return embeddings_T1D
 
-    def _logits_of_response_rows(
-        self,
-        *,
-        hidden_states: Tensor,
-        output_layer: torch.nn.Module,
-        output_weight: Tensor | None,
-        context: LocalView,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Apply the output layer to the positions that predict a response token."""
+    def output_head(self, rule: SoftmaxRule, kernels: str) -> OutputHead:
+        """Return the output layer's part of this rank (last stage)."""
+        tied, layer = self.share_embeddings_and_output_weights, self.language.output_layer
+        weight = self.shared_embedding_or_output_weight() if tied else layer.weight
+        tp_group = parallel.tp_group()
+        first = tp_group.rank() * len(weight)
+        num_tokens = min(max(self.vocab_size - first, 0), len(weight))
+        group = tp_group if tp_group.size() > 1 else None
+        return OutputHead(weight, Vocabulary(rule, first, num_tokens, group), kernels)
+
+    def _response_rows(self, *, hidden_states: Tensor, context: LocalView, **kwargs: Any) -> Tensor:
+        """Take the positions that predict a response token: nothing else needs logits."""
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
-        hidden_R1D = hidden_states[context.predicts_R]
-        logits_R1V, _ = output_layer(hidden_R1D, weight=output_weight)
-        logits_RV = logits_R1V.squeeze(1)
-        num_local = logits_RV.shape[-1]
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        num_real = self.vocab_size - rank * num_local
-        if num_real < num_local:
-            is_padding_V = torch.arange(num_local, device=logits_RV.device) >= num_real
-            logits_RV = logits_RV.masked_fill(is_padding_V, -torch.inf)
-        return logits_RV
+        return hidden_states[context.predicts_R].squeeze(1)
 
 
 class AddFeatures:

@@ -7,6 +7,7 @@ batch (batching.py) and runs no collective.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,13 +28,20 @@ class SampleSize:
             encoded once.
         num_prompt_tokens, num_response_tokens: in tokens, visual ones included.
         patches: of each image of the prompt.
+        reward: NaN = could not judge: such a sample carries no loss and counts in no denominator.
+            0 where nothing is rewarded (cold start).
     """
 
     prompt_id: str
     num_prompt_tokens: int
     num_response_tokens: int
     patches: tuple[int, ...]
-    is_kept: bool
+    reward: float = 0.0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it could be judged."""
+        return not math.isnan(self.reward)
 
     @property
     def num_tokens(self) -> int:
@@ -82,12 +90,14 @@ class StepPlan:
     Attributes:
         micro_batches: for each data-parallel rank, the samples of each of its micro-batches; all
             ranks have equally many, the last ones possibly empty.
+        groups: the samples of each prompt: a GRPO group, wherever its samples are trained.
         num_tokens, num_sequences: the loss's denominators over the whole step.
         costs: FLOPs of each rank's share.
         waste: share of the micro-batches' tokens that is padding.
     """
 
     micro_batches: list[list[list[int]]]
+    groups: list[list[int]]
     num_tokens: int
     num_sequences: int
     costs: list[float]
@@ -134,6 +144,7 @@ def plan_step(
     padded = sum(sum(padded_lengths(rank, sizes, packing)) for rank in bins)
     return StepPlan(
         bins,
+        members,
         num_tokens,
         num_sequences,
         [sum(costs[g] for g in share) for share in shares],

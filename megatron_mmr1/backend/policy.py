@@ -39,9 +39,11 @@ from megatron_mmr1.backend.weights import NamedWeights
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.convert import AttentionShape, family_of, read_config, settle_ties
 from megatron_mmr1.convert.hf_files import HfWeights
+from megatron_mmr1.kernels.contract import SoftmaxRule
+from megatron_mmr1.kernels.head import form_of
 from megatron_mmr1.types import PackedBatch, StepBatch
 
-_OnLogits = Callable[[Tensor, LocalView], tuple[Tensor, Tensor, Any]]
+_OnHidden = Callable[[Tensor, LocalView], tuple[Tensor, Tensor, Any]]
 
 
 class MegatronPolicy:
@@ -56,7 +58,8 @@ class MegatronPolicy:
         cost: what samples cost in FLOPs, to balance them.
 
     Raises:
-        ValueError: the folder's model type has no conversion table, or a tensor is missing.
+        ValueError: the folder's model type has no conversion table, or a tensor is missing;
+            model.kernels asks for Triton without a GPU.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class MegatronPolicy:
         vision = getattr(hf_config, "vision_config", None)
         self.cost = StepCost.of(text, vision, not model.freeze_vision)
         self._recomputes = parallel_config.recompute == "full"
+        self._kernels = model.kernels
+        form_of(model.kernels, device.device())
         self._max_positions = max_positions(text)
         is_interleaved = parallel_config.vpp_size > 1
         with device.seam():
@@ -115,17 +120,18 @@ class MegatronPolicy:
         )
 
     @torch.no_grad()
-    def logprobs(self, step: StepBatch, rule: losses.SoftmaxRule) -> list[Tensor]:
+    def logprobs(self, step: StepBatch, rule: SoftmaxRule) -> list[Tensor]:
         """Return the response tokens' log-probs, fp32 [R] a micro-batch, on every rank alike."""
         parts: list[Tensor] = []
 
-        def read(logits_RV: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
+        def read(hidden_RD: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
             # Forward passes run in the order of the micro-batches on the last stage.
             batch = step.micro_batches[len(parts)]
-            whole_R = torch.zeros(len(batch.predicts_R), device=logits_RV.device)
-            whole_R[view.row_index_R] = rule.logprobs(logits_RV, view.rows)[0]
+            whole_R = torch.zeros(len(batch.predicts_R), device=hidden_RD.device)
+            head = self.chunks[-1].output_head(rule, self._kernels)
+            whole_R[view.row_index_R] = head.logprobs(hidden_RD, view.rows.target_ids_R)[0]
             parts.append(whole_R)
-            return logits_RV.new_zeros(()), _no_tokens(logits_RV), {}
+            return hidden_RD.new_zeros(()), _no_tokens(hidden_RD), {}
 
         with device.seam():
             self._features = self._encode(step, trains=False)
@@ -134,12 +140,14 @@ class MegatronPolicy:
         whole = torch.cat(parts) if parts else torch.zeros(sum(sizes), device=device.device())
         return list(parallel.from_context_and_last_stage(whole).split(sizes))
 
-    def reference_logprobs(self, step: StepBatch, rule: losses.SoftmaxRule) -> list[Tensor]:
+    def reference_logprobs(self, step: StepBatch, rule: SoftmaxRule) -> list[Tensor]:
         """Return log-probs under the reference weights (the ones that the run started from)."""
         with self._reference_weights():
             return self.logprobs(step, rule)
 
-    def train_step(self, step: StepBatch, loss_function: losses.LossFunction) -> dict[str, float]:
+    def train_step(
+        self, step: StepBatch, loss_function: losses.LossFunction, rule: SoftmaxRule
+    ) -> dict[str, float]:
         """Take one optimizer step on the sum of the micro-batches' losses over all ranks.
 
         Returns:
@@ -148,10 +156,11 @@ class MegatronPolicy:
         """
         results: list[losses.LossResult] = []
 
-        def learn(logits_RV: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
-            result = loss_function(logits_RV, view.rows)
+        def learn(hidden_RD: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
+            head = self.chunks[-1].output_head(rule, self._kernels)
+            result = loss_function(hidden_RD, head, view)
             results.append(result)
-            return result.loss, _no_tokens(logits_RV), {}
+            return result.loss, _no_tokens(hidden_RD), {}
 
         with device.seam():
             for chunk in self.model:
@@ -163,8 +172,7 @@ class MegatronPolicy:
             outcome: Any = self.optimizer.step()
             _, grad_norm, _ = outcome
             self.schedule.step(1)
-        mine = losses.total(results)
-        metrics = parallel.reduce_metrics(mine.sums, mine.maxima)
+        metrics = parallel.reduce_metrics(*losses.total(results))
         return metrics | {"grad_norm": float(grad_norm), "lr": float(lr)}
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -196,13 +204,13 @@ class MegatronPolicy:
                         )
         return self._weights.export("gradients", lambda p: p.main_grad if p.requires_grad else None)
 
-    def _run(self, step: StepBatch, on_logits: _OnLogits, *, forward_only: bool) -> None:
+    def _run(self, step: StepBatch, on_hidden: _OnHidden, *, forward_only: bool) -> None:
         """Send the step's micro-batches through Megatron's schedule for this layout."""
 
         def forward(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple:
             view = local_view(next(iterator))
             features = self._features.features_MD if self._features else None
-            return model(view, features), lambda logits_RV: on_logits(logits_RV, view)
+            return model(view, features), lambda hidden_RD: on_hidden(hidden_RD, view)
 
         batches = step.micro_batches
         if self._max_positions is not None:

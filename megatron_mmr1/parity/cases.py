@@ -18,7 +18,7 @@ MAX_RESPONSE_TOKENS = 12
 
 
 def make_samples(kind: str, processor: PromptProcessor, seed: int = 0) -> list[Sample]:
-    """Random responses of unequal lengths and advantages to the prompts of one kind of batch.
+    """Random responses of unequal lengths and rewards to the prompts of one kind of batch.
 
     Everything depends on the arguments alone: every process makes the same samples. One response
     of the first prompt could not be judged.
@@ -39,11 +39,14 @@ def make_samples(kind: str, processor: PromptProcessor, seed: int = 0) -> list[S
                     prompt,
                     allowed[picks],
                     -4.0 + torch.rand(length, generator=generator),
-                    float(torch.randn((), generator=generator)),
-                    is_kept=(number, index) != (0, 1),
+                    float("nan") if (number, index) == (0, 1) else _reward(generator),
                 )
             )
     return samples
+
+
+def _reward(generator: torch.Generator) -> float:
+    return float(torch.randn((), generator=generator))
 
 
 def _noise(width: int, height: int, seed: int) -> bytes:

@@ -18,7 +18,7 @@ from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
 from megatron_mmr1.convert import AttentionShape, Family, megatron_to_hf
 from megatron_mmr1.convert.hf_files import HfWeights
-from megatron_mmr1.types import PackedBatch, StepBatch
+from megatron_mmr1.types import PackedBatch, ResponseRows, StepBatch
 
 
 def change_step(name: str, step: StepBatch) -> StepBatch:
@@ -31,9 +31,7 @@ def change_step(name: str, step: StepBatch) -> StepBatch:
         factor = 1 / (mine * parallel.dp_size()) if mine else 0.0
         return _each(
             step,
-            lambda b: replace(
-                b, rows=replace(b.rows, token_weights_R=b.rows.token_weights_R * factor)
-            ),
+            lambda b: replace(b, rows=scaled(b.rows, factor)),
         )
     return step
 
@@ -95,6 +93,12 @@ def change_code(name: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def scaled(rows: ResponseRows, factor: float) -> ResponseRows:
+    """Multiply the rows' shares of the loss."""
+    sequences = replace(rows.sequences, weight_S=rows.sequences.weight_S * factor)
+    return replace(rows, sequences=sequences)
 
 
 def _count_positions(batch: PackedBatch) -> PackedBatch:

@@ -12,6 +12,7 @@ from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.parity.outcome import Outcome
 from megatron_mmr1.parity.reference import ALGORITHM, TEMPERATURE
 from megatron_mmr1.types import PackedBatch, StepBatch
@@ -32,7 +33,7 @@ def build_step(
 ) -> StepBatch:
     """Build this rank's share of a step of these samples."""
     images = batching.ImageTokens.of(processor)
-    builder = batching.StepBuilder(packing, policy.cost, aggregation, images)
+    builder = batching.StepBuilder(packing, policy.cost, images, aggregation)
     sizes = [batching.size_of(sample) for sample in samples]
     return builder.build(sizes, samples.__getitem__)[0]
 
@@ -51,12 +52,12 @@ def our_outcome(
         constants: old and reference log-probs of each sample.
         change: makes a negative control of the step.
     """
-    rule = losses.SoftmaxRule(TEMPERATURE, processor.banned_token_ids)
+    rule = SoftmaxRule(TEMPERATURE, processor.banned_token_ids)
     step = change(build_step(policy, samples, packing, processor))
     found = policy.logprobs(step, rule)
     old, ref = ([of_rows(values, batch) for batch in step.micro_batches] for values in constants)
     metrics = policy.train_step(
-        batching.with_logprobs(step, old, ref), losses.grpo(ALGORITHM, rule)
+        batching.with_logprobs(step, old, ref), losses.grpo(ALGORITHM), rule
     )
     gradients = {name: tensor.clone() for name, tensor in policy.named_gradients()}
     # Every rank of a replica has the replica's samples; other replicas have the others.

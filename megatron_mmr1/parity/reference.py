@@ -6,6 +6,8 @@ loss is written out, nothing is packed.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,16 +68,32 @@ def hf_outcome(
     else:
         old, ref = constants
     terms = []
-    for sample, logprobs, old_R, ref_R in zip(samples, now, old, ref, strict=True):
+    for sample, advantage, logprobs, old_R, ref_R in zip(
+        samples, advantages(samples), now, old, ref, strict=True
+    ):
         ratio = (logprobs - old_R).exp()
         clipped = ratio.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
-        gain = torch.minimum(ratio * sample.advantage, clipped * sample.advantage)
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
         kl = (ref_R - logprobs).exp() - (ref_R - logprobs) - 1
-        if sample.is_kept:
+        if not math.isnan(sample.reward):
             terms.append(-gain + ALGORITHM.kl_coefficient * kl)
     loss = torch.cat(terms).mean()
     loss.backward()
     return Outcome([x.detach() for x in now], loss.detach(), hf_gradients(model), old, ref)
+
+
+def advantages(samples: Sequence[Sample]) -> list[float]:
+    """Return (reward - mean) / std over the judged samples of each prompt."""
+    judged: dict[str, list[float]] = {}
+    for sample in samples:
+        if not math.isnan(sample.reward):
+            judged.setdefault(sample.prompt.prompt_id, []).append(sample.reward)
+    result = []
+    for sample in samples:
+        rewards = judged[sample.prompt.prompt_id]
+        spread = statistics.stdev(rewards)
+        result.append((sample.reward - statistics.mean(rewards)) / (spread + 1e-6))
+    return result
 
 
 def _image_arguments(model: Any, prompt: Prompt, token_ids: Tensor) -> dict[str, Tensor]:

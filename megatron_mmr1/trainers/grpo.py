@@ -95,12 +95,12 @@ def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> d
     old and reference log-probs are frozen before the first.
     """
     num_steps = config.algorithm.optimizer_steps_per_batch
-    loss = losses.grpo(config.algorithm, parts.rule)
+    loss = losses.grpo(config.algorithm)
     built = [_build(part, parts) for part in batched(groups, len(groups) // num_steps)]
     frozen = [_with_frozen_logprobs(step, config, parts) for step, _ in built]
     metrics = losses.mean_of_steps(
         [
-            parts.policy.train_step(step, loss) | plan.metrics()
+            parts.policy.train_step(step, loss, parts.rule) | plan.metrics()
             for step, (_, plan) in zip(frozen, built, strict=True)
         ]
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_mmr1.backend import batching, losses
+from megatron_mmr1.backend import batching
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
@@ -16,6 +16,7 @@ from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.data.dataset import PromptDataset
 from megatron_mmr1.data.loader import build_loader
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.observability.rollouts import read_rollouts
 from megatron_mmr1.observability.timers import PhaseTimers
 from megatron_mmr1.rewards import VerifierPool
@@ -52,7 +53,7 @@ class Parts:
     verifier: VerifierPool
     checkpoints: Checkpoints
     builder: batching.StepBuilder
-    rule: losses.SoftmaxRule
+    rule: SoftmaxRule
     timers: PhaseTimers
 
 
@@ -102,10 +103,11 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
             builder=batching.StepBuilder(
                 Packing.at(config.parallel, config.max_tokens_per_microbatch, config.model.fp8),
                 policy.cost,
-                config.algorithm.aggregation,
                 batching.ImageTokens.of(processor),
+                config.algorithm.aggregation,
+                config.rollout.max_response_tokens,
             ),
-            rule=losses.SoftmaxRule(config.rollout.temperature, processor.banned_token_ids),
+            rule=SoftmaxRule(config.rollout.temperature, processor.banned_token_ids),
             timers=PhaseTimers(),
         )
 

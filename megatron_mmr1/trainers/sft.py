@@ -11,13 +11,14 @@ from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import SamplerConfig, SftConfig
 from megatron_mmr1.data.dataset import DemonstrationDataset
 from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.observability.metrics import MetricsWriter
 from megatron_mmr1.observability.progress import SFT_FIELDS, Progress
 from megatron_mmr1.sampling import build_sampler
 from megatron_mmr1.trainers.reporting import export_model, report_bad_rows
 from megatron_mmr1.types import StepBatch
 
-_WHOLE_SOFTMAX = losses.SoftmaxRule(temperature=1.0, banned_token_ids=())
+_WHOLE_SOFTMAX = SoftmaxRule(temperature=1.0, banned_token_ids=())
 
 
 def train(config: SftConfig, run_dir: Path) -> Path:
@@ -38,10 +39,9 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     builder = batching.StepBuilder(
         Packing.at(config.parallel, config.max_tokens_per_microbatch, config.model.fp8),
         policy.cost,
-        "token_mean",
         batching.ImageTokens.of(processor),
     )
-    loss = losses.supervised(_WHOLE_SOFTMAX)
+    loss = losses.supervised()
     writer = MetricsWriter(run_dir) if parallel.is_main() else None
     with Progress(
         config.num_steps, title="cold start", fields=SFT_FIELDS, is_quiet=not parallel.is_main()
@@ -49,7 +49,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
         for step in range(1, config.num_steps + 1):
             start = time.perf_counter()
             batch, measured = _build(sampler.next_batch(), dataset, builder)
-            metrics = policy.train_step(batch, loss) | measured
+            metrics = policy.train_step(batch, loss, _WHOLE_SOFTMAX) | measured
             seconds = time.perf_counter() - start
             num_tokens = metrics.pop("tokens")
             metrics |= {"tokens_per_s": num_tokens / seconds, "time/step_s": seconds}
@@ -71,7 +71,6 @@ def _build(
             dataset.sizes[index].num_prompt_tokens,
             dataset.sizes[index].num_response_tokens,
             dataset.sizes[index].patches,
-            is_kept=True,
         )
         for index in draw
     ]
