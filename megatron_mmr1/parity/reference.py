@@ -1,13 +1,12 @@
-"""What Hugging Face computes: one unpadded sequence at a time, autograd, the equations in full.
+"""What Hugging Face computes, a sequence at a time, unpadded; the loss by its definition; autograd.
 
 Deliberately shares nothing with our path but the samples: positions are Hugging Face's own, the
-loss is written out, nothing is packed.
+loss is the readable one of algorithms/, nothing is packed.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mmr1.algorithms.advantages import group_advantages
+from megatron_mmr1.algorithms.grpo_loss import grpo_loss, loss_counts, token_weights
 from megatron_mmr1.backend.batching import Sample
 from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.convert import family_of
@@ -67,32 +68,43 @@ def hf_outcome(
         )
     else:
         old, ref = constants
-    terms = []
-    for sample, advantage, logprobs, old_R, ref_R in zip(
-        samples, advantages(samples), now, old, ref, strict=True
-    ):
-        ratio = (logprobs - old_R).exp()
-        clipped = ratio.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
-        gain = torch.minimum(ratio * advantage, clipped * advantage)
-        kl = (ref_R - logprobs).exp() - (ref_R - logprobs) - 1
-        if not math.isnan(sample.reward):
-            terms.append(-gain + ALGORITHM.kl_coefficient * kl)
-    loss = torch.cat(terms).mean()
+    loss = _definition(samples, now, old, ref)
     loss.backward()
-    return Outcome([x.detach() for x in now], loss.detach(), hf_gradients(model), old, ref)
+    gradients = hf_gradients(model)
+    return Outcome([x.detach() for x in now], loss.detach(), gradients, old, ref)
+
+
+def _definition(
+    samples: Sequence[Sample], now: list[Tensor], old: list[Tensor], ref: list[Tensor]
+) -> Tensor:
+    """The loss as algorithms/ defines it, of sequences end to end."""
+    lengths_N = torch.tensor([len(logprobs) for logprobs in now])
+    kept_N = torch.tensor([not math.isnan(sample.reward) for sample in samples])
+    weights_N = token_weights(
+        lengths_N, kept_N, ALGORITHM.aggregation, *loss_counts(lengths_N, kept_N), 0
+    )
+    sequence = torch.arange(len(samples)).repeat_interleave(lengths_N)
+    return grpo_loss(
+        torch.cat(now),
+        torch.tensor(advantages(samples))[sequence],
+        weights_N[sequence],
+        ALGORITHM,
+        sequence=sequence,
+        old_logprobs=torch.cat(old),
+        ref_logprobs=torch.cat(ref),
+    ).loss
 
 
 def advantages(samples: Sequence[Sample]) -> list[float]:
-    """Return (reward - mean) / std over the judged samples of each prompt."""
-    judged: dict[str, list[float]] = {}
-    for sample in samples:
-        if not math.isnan(sample.reward):
-            judged.setdefault(sample.prompt.prompt_id, []).append(sample.reward)
-    result = []
-    for sample in samples:
-        rewards = judged[sample.prompt.prompt_id]
-        spread = statistics.stdev(rewards)
-        result.append((sample.reward - statistics.mean(rewards)) / (spread + 1e-6))
+    """Return each sample's advantage among the responses to its prompt."""
+    groups: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(sample.prompt.prompt_id, []).append(index)
+    result = [0.0] * len(samples)
+    for members in groups.values():
+        rewards_PG = torch.tensor([[samples[index].reward for index in members]])
+        for index, value in zip(members, group_advantages(rewards_PG)[0].tolist(), strict=True):
+            result[index] = value
     return result
 
 
