@@ -8,6 +8,7 @@ S sequences, R response tokens (rows), N rewards, V local columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ _TAYLOR_BELOW, _TAYLOR_ORDER = 0.5, 14
 _ADVANTAGE_EPS = 1e-6
 _LOWEST = -1e30  # in place of -inf where nothing is above it, so that differences stay finite
 _NOTHING = -1e4  # a logarithm whose exp is 0, and that times 0 is 0
-_BLOCK_ROWS = 16  # rows whose exponentials are held at once
+_BLOCK_LOGITS = 2 << 20  # whose exponentials are held at once
 
 
 def sequence_loss(
@@ -93,8 +94,7 @@ def loss_gradient_(
     if upstream.d_entropy_R is not None:
         d_entropy_R = torch.where(is_live_R, upstream.d_entropy_R, 0.0)
     temperature = vocabulary.rule.temperature
-    for start in range(0, len(targets_R), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
+    for part in _blocks(local_logits):
         local_logits[part] = _softmax_gradient(
             local_logits[part].to(logprobs_R.dtype) / temperature,
             log_denominator_R[part],
@@ -149,8 +149,7 @@ def _statistics_(
         local_logits[:, banned] = -torch.inf
     temperature = vocabulary.rule.temperature
     statistics_4R = local_logits.new_zeros(4, len(targets_R), dtype=dtype)
-    for start in range(0, len(targets_R), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
+    for part in _blocks(local_logits):
         scaled_RV = local_logits[part].to(dtype) / temperature
         highest_R = scaled_RV.amax(1).clamp(min=_LOWEST)
         below_RV = scaled_RV.sub_(highest_R.unsqueeze(1))
@@ -163,6 +162,12 @@ def _statistics_(
     target_R = local_logits.gather(1, column_R.unsqueeze(1)).squeeze(1).to(dtype) / temperature
     statistics_4R[2] = torch.where(is_here_R, target_R, 0.0)
     return statistics_4R
+
+
+def _blocks(local_logits: Tensor) -> Iterator[slice]:
+    num_rows, num_columns = local_logits.shape
+    size = max(1, _BLOCK_LOGITS // max(num_columns, 1))
+    return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
 def _target_columns(targets_R: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
