@@ -99,14 +99,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmark_kernels needs a CUDA GPU, and torch sees none.", file=sys.stderr)
         return 2
-    torch.cuda.set_device(0)
-    run(Sizes(), torch.device("cuda", 0), cuda_timer(), args.out)
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    run(Sizes(), device, cuda_timer(device), args.out)
     return 0
 
 
-def cuda_timer() -> Timer:
+def cuda_timer(device: torch.device) -> Timer:
     """The median between events, from a cold L2 cache."""
-    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def time_ms(restore: Callable[[], Any], compute: Callable[[], Any]) -> float:
         times = []
@@ -146,7 +147,12 @@ def _measure(case: Case, timer: Timer) -> list[dict[str, Any]]:
     num_bytes = 2 * case.logits_TV.numel() * case.logits_TV.element_size()
     copy_ms = timer(lambda: None, lambda: case.work_TV.copy_(case.logits_TV))
     rows = [_row(case, "copy", "", copy_ms, num_bytes, 0, num_bytes / copy_ms)]
-    for task, ways in (_logprobs(case), _gradient(case), _sequence_loss(case), _head(case)):
+    for task, ways in (
+        logprobs_task(case),
+        gradient_task(case),
+        sequence_loss_task(case),
+        head_task(case),
+    ):
         for name, (restore, compute) in ways.items():
             restore()
             try:
@@ -198,9 +204,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def make_case(sizes: Sizes, tp_size: int, device: torch.device) -> Case:
+def make_case(sizes: Sizes, tp_size: int, device: torch.device, seed: int = 0) -> Case:
     """Random inputs: logits of deviation 2, old log-probs near the present ones."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     num_columns, length = sizes.vocab // tp_size, sizes.tokens // GROUP_SIZE
 
     def randn(*shape: int) -> Tensor:
@@ -302,7 +308,8 @@ def _torch_ways(
     }
 
 
-def _logprobs(case: Case) -> tuple[Task, dict[str, Way]]:
+def logprobs_task(case: Case) -> tuple[Task, dict[str, Way]]:
+    """Logits to log-probs; some rows are checked."""
     targets_T = case.rows.target_ids_R
     part = _checked(case)
     expected = _logprobs_of(case.logits_TV[part].float(), targets_T[part])
@@ -327,7 +334,8 @@ def _logprobs(case: Case) -> tuple[Task, dict[str, Way]]:
     return Task("log-probs", 2 * case.logits_TV.numel(), 0, check), ways
 
 
-def _gradient(case: Case) -> tuple[Task, dict[str, Way]]:
+def gradient_task(case: Case) -> tuple[Task, dict[str, Way]]:
+    """Logits to the gradient of the loss by them; some rows are checked."""
     rows, targets_T = case.rows, case.rows.target_ids_R
     part = _checked(case)
     logits = _leaf(case.logits_TV[part].float())
@@ -357,7 +365,8 @@ def _gradient(case: Case) -> tuple[Task, dict[str, Way]]:
     return Task("gradient", 6 * case.logits_TV.numel(), 0, check), ways
 
 
-def _sequence_loss(case: Case) -> tuple[Task, dict[str, Way]]:
+def sequence_loss_task(case: Case) -> tuple[Task, dict[str, Way]]:
+    """Log-probs to the gradient of the loss by them."""
     logprobs_T = case.logprobs_T
     entropy_T = torch.ones_like(logprobs_T)
     expected = _gradients(_loss_of, (_leaf(logprobs_T),), *_tokens(case))
@@ -373,7 +382,8 @@ def _sequence_loss(case: Case) -> tuple[Task, dict[str, Way]]:
     return Task("sequence loss", 20 * len(logprobs_T), 0, check), ways
 
 
-def _head(case: Case) -> tuple[Task, dict[str, Way]]:
+def head_task(case: Case) -> tuple[Task, dict[str, Way]]:
+    """Hidden states to the gradients by them and by the weight."""
     hidden_TD, weight_VD, targets_T = case.hidden_TD, case.weight_VD, case.rows.target_ids_R
     leaves = _leaf(hidden_TD.float()), _leaf(weight_VD.float())
     expected = _gradients(_loss_of_hidden, leaves, targets_T, *_tokens(case))
@@ -381,7 +391,7 @@ def _head(case: Case) -> tuple[Task, dict[str, Way]]:
     def check(found: tuple[Tensor, Tensor]) -> None:
         for ours, theirs in zip(found, expected, strict=True):
             # Logits up to 8 in bfloat16 are off by up to 2^-6, and so is each probability.
-            assert (ours.float().view_as(theirs) - theirs).norm() <= 2**-5 * theirs.norm()
+            assert (ours.float() - theirs).norm() <= 2**-5 * theirs.norm()
 
     def ours() -> Any:
         head = OutputHead(weight_VD, case.vocabulary, "triton")
