@@ -51,9 +51,11 @@ parity: $(STAMP)
 parity-ci: $(STAMP)
 	$(BIN)/python tools/check_parity.py --matrix outputs/parity --ci
 
-# What can be timed on a CPU: packing and balance; the converters against plain copies (6 GB of disk).
+# What can be measured on a CPU: packing and balance; the memory of the output layer (5 GB); the
+# converters against plain copies (6 GB of disk).
 bench: $(STAMP)
 	$(BIN)/python tools/measure_packing.py
+	$(BIN)/python tools/measure_head_memory.py
 	$(BIN)/python tools/measure_conversion.py
 
 check: $(STAMP)
