@@ -305,6 +305,26 @@ def test_tensor_parallel_ranks_compute_what_one_computes(replays: Replays, whole
     assert_same_training(replays.tensor_parallel, whole)
 
 
+def test_twenty_replayed_steps_by_the_kernels_and_by_the_definition_give_the_same_weights(
+    runs: Runs,
+):
+    """Through the tool, which holds them against its tolerance; another loss does not keep it."""
+    rare = ("num_steps=20", "evaluation.every=0", "checkpoint.every=0", "prompts_per_step=4")
+    runs.train("twenty", *rare).wait().succeeded()
+    recorded, report = runs.dir("twenty"), runs.folder / "loss_paths.json"
+    assert sum(num_groups_with_a_gradient(recorded, step) > 0 for step in range(1, 21)) > 10
+    other = ("algorithm.advantage_scale=none", "rollout.max_logprob_diff=10")
+    unscaled = runs.train("unscaled", *rare, f"replay={recorded}", *other)
+    tool = ("tools/compare_loss_paths.py", str(recorded), "--steps", "20", "--turns", "1")
+    Process(runs.folder / "loss_paths", *tool, "--json", str(report)).wait().succeeded()
+    unscaled.wait().succeeded()
+    result = json.loads(report.read_text())
+    assert result["steps"] == 20 and result["largest weight difference"] <= 1e-4
+    models = (load_file(runs.dir(n) / "hf" / "model.safetensors") for n in ("twenty", "unscaled"))
+    right, wrong = models
+    assert max(relative_difference(wrong[name], right[name]) for name in right) > 1e-2
+
+
 @pytest.mark.parametrize("name", ["pp2", "cp2"])
 def test_a_run_goes_on_at_another_layout(replays: Replays, whole: Path, name: str):
     """Saved at TP2 + SP, resumed at PP2 or CP2: the same losses, weights and draws."""
