@@ -1,4 +1,4 @@
-"""What can be said of the Triton kernels without a GPU, as gates: a number, its limit, and a verdict.
+"""What can be said of the Triton kernels without a GPU, as gates: a number and its limit.
 
 - paths.py: the ways through triton_form.py that the trainer takes, on tensors of any size
 - launches.py: what they would launch, as Triton sees it: recorded, not run

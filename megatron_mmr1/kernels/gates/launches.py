@@ -75,7 +75,10 @@ def recorded() -> Iterator[list[Launch]]:
         def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             arguments = dict(zip(kernel.arg_names, args, strict=False))
             arguments |= {name: kwargs.pop(name) for name in kernel.arg_names if name in kwargs}
-            kwargs |= {"debug": False, "instrumentation_mode": knobs.compilation.instrumentation_mode}
+            kwargs |= {
+                "debug": False,
+                "instrumentation_mode": knobs.compilation.instrumentation_mode,
+            }
             launches.append(Launch(kernel, arguments, kwargs))
 
         return run
