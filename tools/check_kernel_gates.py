@@ -15,6 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_mmr1.cli import run_main
 from megatron_mmr1.kernels.gates.compiled import compiled_gates, versions
 from megatron_mmr1.kernels.gates.counted import counted_gates
 from megatron_mmr1.kernels.gates.table import as_markdown, summary
@@ -26,8 +27,9 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--json", type=Path, help="also write each gate's result to this file")
     options = parser.parse_args()
+    compilers = versions()
     gates = [*compiled_gates(), *counted_gates()]
-    text = as_markdown(gates, versions())
+    text = as_markdown(gates, compilers)
     print(text)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
@@ -36,10 +38,11 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     for gate in gates:
         if not gate.is_good:
-            print(f"{gate.verdict}: {gate.subject}, {gate.name} {gate.found:g}, {gate.bound}")
+            what = f"{gate.subject}, {gate.place}: {gate.name} {gate.found:g}"
+            print(f"{gate.verdict}: {what}, must be {gate.bound}")
     print(summary(gates))
     raise SystemExit(0 if all(gate.is_good for gate in gates) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

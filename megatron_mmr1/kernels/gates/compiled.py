@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import triton
-from triton import knobs
 
 from megatron_mmr1.kernels.gates import controls, machine_code
 from megatron_mmr1.kernels.gates.launches import Launch, pretended_ranks, recorded
@@ -18,7 +17,8 @@ from megatron_mmr1.kernels.gates.table import Gate
 
 ARCHITECTURES = (80, 90, 100)
 TP_SIZE = 8
-MAX_REGISTERS = {"row": 64, "fp32 row": 80, "sequence": 160}  # of a thread
+# Of a thread. A row of fp32 has the same logits in twice as many registers.
+MAX_REGISTERS = {"row": 64, "fp32 row": 80, "sequence": 160}
 MAX_SHARED_BYTES = 4096  # of a program: far below what would bound how many an SM holds
 ACCESS_BITS = 128
 # Forward and backward, without and with the entropy's gradient.
@@ -51,7 +51,7 @@ def compiled_gates() -> list[Gate]:
     """Compile every path for every architecture and judge it; then the controls."""
     with pretended_ranks(TP_SIZE):
         launches = {path: launches_of(path, Size()) for path in (*ROW_PATHS, *SEQUENCE_PATHS)}
-        one_compilation = [gate for path in launches for gate in _one_compilation(path)]
+        one_compilation = list(_one_compilation(launches))
     todo = [(x, arch) for found in launches.values() for x in found for arch in ARCHITECTURES]
     bad = {control: control.launch(launches) for control in controls.CODE}
     todo += [(launch, 90) for launch in bad.values()]
@@ -62,7 +62,7 @@ def compiled_gates() -> list[Gate]:
         for part in parts:
             key = part.launch.key(part.arch)
             if key not in seen:
-                gates += code_gates(_subject(path, part.launch), part)
+                gates += code_gates(f"{_name(part.launch)}: {path.name}", part)
             seen.add(key)
         if isinstance(path, RowPath) and path.upstream != "none":
             gates += _instruction_gates(path, parts)
@@ -83,7 +83,7 @@ def compiled_gates() -> list[Gate]:
 
 def versions() -> str:
     """Return the versions of what compiles."""
-    old, new = knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell
+    old, new = machine_code.tool("ptxas"), machine_code.tool("ptxas_blackwell")
     return f"Triton {triton.__version__}, ptxas {old.version} (sm_100: {new.version})"
 
 
@@ -160,15 +160,20 @@ def _instructions(parts: Iterable[Compiled]) -> float:
     return sum(costs.values()) if len(costs) == 2 else float("inf")
 
 
-def _one_compilation(path: Path) -> Iterable[Gate]:
-    """Judge how many compiled forms of its kernels a path needs for very different lengths."""
-    kernels: dict[str, set[str]] = {}
-    for size in _LENGTHS:
-        for launch in launches_of(path, size):
-            kernels.setdefault(_subject(path, launch), set()).add(launch.key(90))
-    for subject, keys in kernels.items():
-        yield Gate(subject, "compilations", f"{len(_LENGTHS)} lengths", len(keys), "==", 1)
+def _one_compilation(paths: Iterable[Path]) -> Iterable[Gate]:
+    """Judge how many compiled forms a kernel needs on a path for lengths that differ much."""
+    kernels: dict[str, list[int]] = {}
+    for path in paths:
+        keys: dict[str, set[str]] = {}
+        for size in _LENGTHS:
+            for launch in launches_of(path, size):
+                keys.setdefault(_name(launch), set()).add(launch.key(90))
+        for name, found in keys.items():
+            kernels.setdefault(name, []).append(len(found))
+    for name, numbers in kernels.items():
+        subject, place = f"{name} kernel, {len(numbers)} paths", f"{len(_LENGTHS)} lengths each"
+        yield Gate(subject, "compilations", place, max(numbers), "==", 1)
 
 
-def _subject(path: Path, launch: Launch) -> str:
-    return f"{launch.kernel.fn.__name__.removesuffix('_kernel')}: {path.name}"
+def _name(launch: Launch) -> str:
+    return launch.kernel.fn.__name__.removesuffix("_kernel")

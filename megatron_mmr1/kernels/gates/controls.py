@@ -58,7 +58,9 @@ def _barrier(launches: Launches) -> Launch:
 
 CODE = (
     Control("row stride no multiple of 16", ("narrowest access",), _odd_stride),
-    Control("sequence kernel, blocks of 8192", ("registers", "spills"), _large_block),
+    Control(
+        "sequence kernel, blocks of 8192", ("registers", "spills", "local bytes"), _large_block
+    ),
     Control("barrier at every tile", ("barriers in loops",), _barrier),
 )
 

@@ -39,7 +39,7 @@ class Launch:
     def key(self, arch: int) -> str:
         """Return what Triton tells one compiled form of the kernel from another by."""
         _, _, specialization, options = self._bound(arch)
-        return f"{self.kernel.fn.__qualname__} {specialization} {options}"
+        return f"{self.kernel.fn.__qualname__} sm_{arch} {specialization} {options}"
 
     def compile(self, arch: int) -> CompiledKernel:
         """Compile for an architecture (90 = sm_90), as the launch would."""

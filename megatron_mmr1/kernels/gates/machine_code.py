@@ -10,6 +10,7 @@ from pathlib import Path
 
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.knobs import NvidiaTool
 
 _BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 _LABEL = re.compile(r"\s*(\.L\w+):")
@@ -83,18 +84,24 @@ def parse(listing: str) -> tuple[tuple[str, ...], tuple[Loop, ...]]:
 
 
 def run_tool(name: str, *arguments: str) -> str:
-    """Run one of the CUDA tools that come with Triton and return what it prints.
+    """Run one of the CUDA tools and return what it prints."""
+    command = [tool(name).path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def tool(name: str) -> NvidiaTool:
+    """Return path and version of one of the CUDA tools that come with Triton.
 
     Raises:
-        ValueError: the tool is missing.
+        ValueError: it is missing.
     """
-    path = getattr(knobs.nvidia, name.replace("-", "_")).path
-    if not Path(path).is_file():
+    try:
+        return getattr(knobs.nvidia, name)
+    except RuntimeError as error:
         raise ValueError(
-            f"{name} is not at {path}; it comes with the triton wheel (pip install "
-            f"--force-reinstall triton), or set TRITON_{name.upper().replace('-', '_')}_PATH"
-        )
-    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+            f"{error}, which comes with the triton wheel: install triton anew, or set "
+            f"TRITON_{name.upper()}_PATH to the program of a CUDA toolkit"
+        ) from error
 
 
 def _num(instructions: tuple[str, ...], opcode: str) -> int:

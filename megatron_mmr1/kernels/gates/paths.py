@@ -36,7 +36,7 @@ class RowPath:
 
     Attributes:
         is_parallel: the vocabulary is cut over the world's ranks.
-        upstream: none (log-probs only), given, or grpo.
+        upstream: none (log-probs only), given, grpo, or on_policy (GRPO without old, ref, tis).
         has_entropy: of its gradient, or without a gradient of the entropy itself.
     """
 
@@ -48,8 +48,7 @@ class RowPath:
     @property
     def name(self) -> str:
         """For a table."""
-        what = {"none": "log-probs", "given": "given gradient", "grpo": "GRPO"}[self.upstream]
-        words = [what, "TP" if self.is_parallel else "TP1"]
+        words = [_UPSTREAM[self.upstream], "TP" if self.is_parallel else "TP1"]
         words += ["entropy"] * self.has_entropy
         words += ["fp32"] * (self.dtype == torch.float32)
         return ", ".join(words)
@@ -59,8 +58,9 @@ class RowPath:
         logits = contract.padded_logits(
             size.num_rows, size.num_tokens, torch.empty(0, dtype=self.dtype)
         ).fill_(1.0)
-        targets_R = torch.arange(size.num_rows) % size.num_tokens
-        rule = SoftmaxRule(0.7, tuple(range(1, 1 + size.num_banned)))
+        first_target = 1 + size.num_banned  # a banned target would leave a row without gradient
+        targets_R = first_target + torch.arange(size.num_rows) % (size.num_tokens - first_target)
+        rule = SoftmaxRule(0.7, tuple(range(1, first_target)))
         group = dist.group.WORLD if self.is_parallel else None
         vocabulary = Vocabulary(rule, 0, size.num_tokens, group)
         ones_R = torch.ones(size.num_rows)
@@ -70,8 +70,9 @@ class RowPath:
             given = Given(ones_R, ones_R if self.has_entropy else None)
             triton_form.loss_gradient_(logits, targets_R, vocabulary, given)
         else:
-            config = _config(kl=True, tis=True, entropy=self.has_entropy)
-            rows = rows_of(size, config, has_old=True)
+            is_full = self.upstream == "grpo"
+            config = _config(kl=is_full, tis=is_full, entropy=self.has_entropy)
+            rows = rows_of(size, config, has_old=is_full)
             grpo = TokenGrpo(rows, rows.sequence_R, config, size.first_row)
             triton_form.loss_gradient_(logits, targets_R, vocabulary, grpo)
         return logits
@@ -106,8 +107,14 @@ class SequencePath:
 Path = RowPath | SequencePath
 
 _BOOLS = (False, True)
+_UPSTREAM = {
+    "none": "log-probs",
+    "given": "given gradient",
+    "on_policy": "on-policy GRPO",
+    "grpo": "GRPO",
+}
 ROW_PATHS = (
-    *(RowPath(tp, up, entropy) for tp, up, entropy in product(_BOOLS, ("given", "grpo"), _BOOLS)),
+    *(RowPath(*options) for options in product(_BOOLS, ("given", "on_policy", "grpo"), _BOOLS)),
     *(RowPath(tp, "grpo", True, torch.float32) for tp in _BOOLS),
     *(RowPath(True, "none", entropy) for entropy in _BOOLS),
 )
