@@ -12,10 +12,10 @@ UV_VERSION := 0.13.9
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow parity parity-ci bench check learning clean
+.PHONY: help setup demo test test-slow parity parity-ci kernel-gates bench check learning clean
 
 help:
-	@echo "make setup | demo | test | test-slow | parity | parity-ci | bench | check | learning | clean"
+	@echo "make setup | demo | test | test-slow | parity | parity-ci | kernel-gates | bench | check | learning | clean"
 
 setup: $(STAMP)
 
@@ -50,6 +50,11 @@ parity: $(STAMP)
 # The part of it that takes a few minutes.
 parity-ci: $(STAMP)
 	$(BIN)/python tools/check_parity.py --matrix outputs/parity --ci
+
+# Registers, spills, accesses, instructions, bytes and launches of the Triton kernels against their
+# limits, without a GPU; rewrites docs/kernel_gates.md.
+kernel-gates: $(STAMP)
+	$(BIN)/python tools/check_kernel_gates.py --markdown docs/kernel_gates.md
 
 # What can be measured on a CPU: packing and balance; the memory of the output layer (5 GB); the
 # converters against plain copies (6 GB of disk).

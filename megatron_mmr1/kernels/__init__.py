@@ -7,4 +7,5 @@ Both are tested against the definition in algorithms/, forward and backward, in 
 - head.py: hidden states to loss and gradients, chunk by chunk; the entry of the trainer
 - closed_form.py: the torch form
 - triton_form.py: launches; sequence_kernel.py, row_kernels.py and token_terms.py: the kernels
+- gates/: limits of the kernels that hold without a GPU; not imported by training
 """

@@ -123,8 +123,8 @@ def sequence_kernel(
         shared = log_ratio
         slope = tis
         if USES_SEQUENCE_RATIO:
-            shared = log_ratio * 0.0 + mean_log_ratio
-            slope = tis * 0.0 + mean_tis
+            shared = tl.broadcast_to(mean_log_ratio, [BLOCK])
+            slope = tl.broadcast_to(mean_tis, [BLOCK])
         loss, slope, is_clipped = policy_term(
             shared, tis, slope, advantage, clip_low, clip_high, dual_clip
         )

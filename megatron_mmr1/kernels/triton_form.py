@@ -20,7 +20,7 @@ from megatron_mmr1.kernels.sequence_kernel import sequence_kernel
 from megatron_mmr1.kernels.sequences import check_rows
 from megatron_mmr1.types import ResponseRows
 
-SEQUENCE_BLOCK, SEQUENCE_WARPS = 256, 4
+SEQUENCE_BLOCK, SEQUENCE_WARPS = 256, 8
 ROW_BLOCK, ROW_WARPS = 4096, 8
 GROUP_BLOCK = 32
 
