@@ -1,4 +1,4 @@
-"""Packed batches for the kernels' cases, and what the float64 definition says of them.
+"""Batches and logits for the kernels' cases, and what the float64 definition says of them.
 
 R response tokens (rows), S sequences, N rewards.
 """
@@ -21,17 +21,24 @@ from megatron_mmr1.algorithms.grpo_loss import (
     GrpoLoss,
     grpo_loss,
     loss_counts,
+    selective_logprobs,
     token_weights,
 )
 from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.kernels import closed_form, contract, triton_form
-from megatron_mmr1.kernels.contract import Form, SequenceLoss
+from megatron_mmr1.kernels.contract import Form, SequenceLoss, Vocabulary
 from megatron_mmr1.kernels.sequences import pack_sequences
 from megatron_mmr1.types import ResponseRows
 
 any_form = pytest.mark.parametrize("form", [closed_form, triton_form], ids=["torch", "triton"])
 NAN = math.nan
 FIXED_LENGTH = 64
+# Float32 logits of some tens carry errors of 1e-6 into the exponent: that much, relative, into a
+# probability, and absolute into a log-prob.
+FLOAT32 = {"rtol": 1e-5, "atol": 2e-6}
+ALL = AlgorithmConfig(
+    clip_high=0.28, dual_clip=1.5, tis_cap=1.1, kl_coefficient=0.1, entropy_coefficient=0.02
+)
 Group = tuple[float, ...]
 # A mixed group, one of equal rewards, a singleton, one with an unjudged reward, and one that is
 # larger than a block and whose members are, but for two, on other ranks.
@@ -69,6 +76,17 @@ class Batch:
     def with_rows(self, **vectors: Tensor | None) -> Batch:
         return replace(self, rows=replace(self.rows, **vectors))
 
+    def of_policy(self, target_ids_R: Tensor, logprobs_R: Tensor) -> Batch:
+        """The same around other log-probs: of a policy that is as far from old, rollout and ref."""
+        logprobs_R = logprobs_R.detach().float()
+        vectors = {
+            name: None if vector is None else vector - self.logprobs_R + logprobs_R
+            for name in ("old_logprobs_R", "rollout_logprobs_R", "ref_logprobs_R")
+            for vector in [getattr(self.rows, name)]
+        }
+        batch = self.with_rows(target_ids_R=target_ids_R, **vectors)
+        return replace(batch, logprobs_R=logprobs_R)
+
     def found(self, form: Form, config: AlgorithmConfig) -> SequenceLoss:
         return form.sequence_loss(self.logprobs_R, self.entropy_R, self.rows, config)
 
@@ -99,7 +117,7 @@ class Batch:
 
     def expected(self, config: AlgorithmConfig) -> SequenceLoss:
         """The definition's sums and gradients, float64."""
-        leaves = [x.double().requires_grad_() for x in (self.logprobs_R, self.entropy_R)]
+        leaves = [leaf_of(self.logprobs_R), leaf_of(self.entropy_R)]
         result = self.definition(*leaves, config)
         sums = torch.stack([getattr(result, name).detach().double() for name in contract.SUMS])
         if not result.loss.requires_grad:  # no row at all
@@ -162,3 +180,37 @@ def assert_close(found: SequenceLoss, expected: SequenceLoss) -> None:
     for gradient_R, expected_R in gradients:
         scale = expected_R.abs().max().item() if len(expected_R) else 0.0
         torch.testing.assert_close(gradient_R.double(), expected_R, rtol=3e-6, atol=3e-7 * scale)
+
+
+def make_logits(num_rows: int, num_columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (3 * torch.randn(num_rows, num_columns, generator=generator)).to(dtype)
+
+
+class Stored:
+    """A copy of logits as the kernels take them, in storage that has NaN wherever they are not."""
+
+    def __init__(self, logits: Tensor) -> None:
+        num_rows, num_columns = logits.shape
+        self._storage = logits.new_full((num_rows + 1, contract.padded(num_columns)), NAN)
+        self.logits = self._storage[:num_rows, :num_columns]
+        self.logits.copy_(logits)
+
+    def is_intact_behind(self) -> bool:
+        """Whether nobody wrote past the last row."""
+        return bool(self._storage[len(self.logits) :].isnan().all())
+
+
+def leaf_of(tensor: Tensor) -> Tensor:
+    """A float64 copy to differentiate by."""
+    return tensor.detach().double().clone().requires_grad_()
+
+
+def definition_of_rows(
+    logits: Tensor, targets_R: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of logits with padding columns."""
+    rule = vocabulary.rule
+    return selective_logprobs(
+        logits[:, : vocabulary.num_tokens], targets_R, rule.temperature, rule.banned_token_ids
+    )

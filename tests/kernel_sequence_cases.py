@@ -11,15 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_batches import LEFT_OUT, NAN, any_form, assert_close, make_batch
+from kernel_batches import ALL, LEFT_OUT, NAN, any_form, assert_close, make_batch
 
 from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.kernels.contract import SUMS, Form
 from megatron_mmr1.kernels.sequences import pack_sequences
 
-ALL = AlgorithmConfig(
-    clip_high=0.28, dual_clip=1.5, tis_cap=1.1, kl_coefficient=0.1, entropy_coefficient=0.02
-)
 ALL_GSPO = replace(ALL, ratio="sequence", clip_low=0.02, clip_high=0.03, dual_clip=1.05)
 
 

@@ -217,9 +217,10 @@ def gather_statistics(statistics_4R: Tensor, tp_group: dist.ProcessGroup | None)
     """Bring the ranks' statistics together, [ranks, 4, R]: the softmax's one collective."""
     if tp_group is None:
         return statistics_4R.unsqueeze(0)
-    gathered = statistics_4R.new_empty(tp_group.size(), *statistics_4R.shape)
+    num_ranks, num_rows = tp_group.size(), statistics_4R.shape[1]
+    gathered = statistics_4R.new_empty(num_ranks * 4, num_rows)  # end to end: as gloo wants it
     dist.all_gather_into_tensor(gathered, statistics_4R, group=tp_group)
-    return gathered
+    return gathered.view(num_ranks, 4, num_rows)
 
 
 def combine_statistics(gathered_K4R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
