@@ -49,9 +49,10 @@ GROUPS: tuple[Group, ...] = (
     (0.3, NAN, 1.3),
     tuple(float(i % 3) for i in range(40)),
 )
-# (group, member, tokens): among them an empty one, and one longer than a block.
+# (group, member, tokens): among them an empty one, one longer than a block, and first and last
+# members of groups.
 SEQUENCES = (
-    (3, 2, 6),
+    (3, 0, 6),
     (0, 1, 300),
     (4, 39, 5),
     (1, 2, 4),

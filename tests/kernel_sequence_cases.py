@@ -84,6 +84,19 @@ def test_log_ratios_beyond_the_clamp_are_constant(form: Form, ratio: str, gap: f
 
 
 @any_form
+@pytest.mark.parametrize("x", [1e-3, -1e-3, 0.12, -0.3, 0.49, -0.49, 0.51, -0.51, 3.0])
+def test_k3_keeps_its_leading_digits_on_both_sides_of_its_switch(form: Form, x: float):
+    batch = make_batch(groups=[(0.0,)], sequences=[(0, 0, 1)], left_out=[])
+    batch.logprobs_R[:] = 0.0
+    x_R = torch.tensor([x])  # exact in float32, as the differences with 0 are
+    batch = batch.with_rows(old_logprobs_R=-x_R, ref_logprobs_R=x_R)
+    config = AlgorithmConfig(kl_coefficient=0.1)
+    found, expected = batch.found(form, config), batch.expected(config)
+    # A few roundings; exp(x) - 1 - x would lose 1e-1 of it at 1e-3, and 1e-6 beyond the switch.
+    torch.testing.assert_close(found.sums[2:4].double(), expected.sums[2:4], rtol=2e-6, atol=0)
+
+
+@any_form
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["logprobs", "old", "ref", "rollout", "entropy"])
 @pytest.mark.parametrize("config", [ALL, ALL_GSPO], ids=["token", "sequence"])

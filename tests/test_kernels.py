@@ -5,9 +5,11 @@ vLLM or another test may have imported it for a GPU.
 """
 
 import ast
+import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,26 +28,32 @@ def _cases() -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> list[ElementTree.Element]:
-    """What pytest says of every case."""
-    file = tmp_path_factory.mktemp("kernels") / "report.xml"
+def _run(script: Path, report: Path) -> list[ElementTree.Element]:
+    """Run the cases of a script in a process of their own; what pytest says of each."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={file}"]
-        + [str(script) for script in SCRIPTS],
+        [*command, f"--junitxml={report}", str(script)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        stdout=subprocess.DEVNULL,
     )
-    return list(ElementTree.parse(file).iter("testcase"))
+    return list(ElementTree.parse(report).iter("testcase"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[ElementTree.Element]:
+    """Of every case, from two processes at a time."""
+    folder = tmp_path_factory.mktemp("kernels")
+    reports = [folder / f"{script.stem}.xml" for script in SCRIPTS]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(itertools.chain.from_iterable(pool.map(_run, SCRIPTS, reports)))
 
 
 @pytest.mark.parametrize("case", _cases())
-def test_in_the_interpreter(report: list[ElementTree.Element], case: str):
+def test_in_the_interpreter(outcomes: list[ElementTree.Element], case: str):
     mine = [
-        entry
-        for entry in report
-        if f"{entry.get('classname')}.{entry.get('name')}".partition("[")[0].endswith(case)
+        outcome
+        for outcome in outcomes
+        if f"{outcome.get('classname')}.{outcome.get('name')}".partition("[")[0].endswith(case)
     ]
-    faults = [f"{entry.get('name')}: {fault.text}" for entry in mine for fault in entry]
     assert mine, f"{case} did not run"
+    faults = [f"{outcome.get('name')}: {fault.text}" for outcome in mine for fault in outcome]
     assert not faults, "\n".join(faults)
