@@ -1,12 +1,15 @@
 """Advantages, token weights and losses against hand-written loops in float64."""
 
 import math
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_mmr1.algorithms.advantages import group_advantages
 from megatron_mmr1.algorithms.grpo_loss import (
+    GrpoLoss,
     grpo_loss,
     k3,
     loss_counts,
@@ -14,6 +17,7 @@ from megatron_mmr1.algorithms.grpo_loss import (
     supervised_loss,
     token_weights,
 )
+from megatron_mmr1.config.schema import AlgorithmConfig
 
 NAN = math.nan
 
@@ -26,6 +30,14 @@ def test_advantages_are_centred_over_ddof_one_std_of_the_judged_rewards():
         std = math.sqrt(sum((r - mean) ** 2 for r in judged) / (len(judged) - 1))
         expected = [0.0 if math.isnan(r) else (r - mean) / (std + 1e-6) for r in row]
         assert advantages == pytest.approx(expected, abs=1e-6)  # float32 against float64
+
+
+def test_advantages_without_scale_are_the_centred_rewards():
+    rewards = torch.tensor([[1.0, 0.0, NAN, 2.0], [3.0, 3.0, 3.0, 3.0]], dtype=torch.float64)
+    advantages = group_advantages(rewards, "none")
+    assert advantages.tolist() == [[0.0, -1.0, 0.0, 1.0], [0.0] * 4]  # exact: small integers
+    with pytest.raises(ValueError, match=r"algorithm\.advantage_scale='var'"):
+        group_advantages(rewards, "var")
 
 
 def test_advantages_are_exactly_zero_in_constant_groups_where_the_naive_formula_is_not():
@@ -89,158 +101,316 @@ def test_logprobs_of_impossible_tokens_and_of_half_precision_logits():
     assert entropy.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-def _case(seed=0, num=6, length=5, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Case:
+    """Padded responses [N, S]; the second is empty, the third could not be judged."""
 
-    def randn(*shape):
+    now: Tensor
+    entropy: Tensor
+    old: Tensor
+    rollout: Tensor
+    ref: Tensor
+    advantages: Tensor
+    mask: Tensor
+    kept: Tensor
+
+    @property
+    def sequence(self) -> Tensor:
+        return torch.arange(len(self.mask)).unsqueeze(1).expand_as(self.mask)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.mask.sum(dim=1)
+
+    def weights(self, aggregation: str, counts: tuple[int, int] | None = None) -> Tensor:
+        """Each sequence's token weight at its response tokens, 0 elsewhere."""
+        counts = counts or loss_counts(self.lengths, self.kept)
+        weight_N = token_weights(self.lengths, self.kept, aggregation, *counts, FIXED_LENGTH)
+        return torch.where(self.mask, weight_N.unsqueeze(1), 0.0)
+
+    def loss(self, weights: Tensor, config: AlgorithmConfig) -> GrpoLoss:
+        return grpo_loss(
+            self.now,
+            self.advantages,
+            weights,
+            config,
+            sequence=self.sequence,
+            old_logprobs=self.old,
+            rollout_logprobs=self.rollout,
+            ref_logprobs=self.ref,
+            entropy=self.entropy,
+        )
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """By the log-probs and by the entropies; zeros where the loss does not have them."""
+        return torch.autograd.grad(loss, (self.now, self.entropy), materialize_grads=True)
+
+
+FIXED_LENGTH = 8
+OPTIONS = {
+    "token_mean": AlgorithmConfig(),
+    "sequence_mean": AlgorithmConfig(aggregation="sequence_mean"),
+    "fixed_length": AlgorithmConfig(aggregation="fixed_length"),
+    "kl": AlgorithmConfig(kl_coefficient=0.5),
+    "entropy_bonus": AlgorithmConfig(entropy_coefficient=0.5),
+    "gspo": AlgorithmConfig(ratio="sequence", clip_low=0.02, clip_high=0.03),
+    "dual_clip": AlgorithmConfig(dual_clip=1.3),
+    "tis": AlgorithmConfig(tis_cap=1.1),
+    "all": AlgorithmConfig(
+        ratio="sequence",
+        clip_low=0.02,
+        clip_high=0.03,
+        dual_clip=1.04,
+        tis_cap=1.1,
+        kl_coefficient=0.5,
+        entropy_coefficient=0.5,
+        aggregation="sequence_mean",
+    ),
+}
+any_option = pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def make_case(dtype: torch.dtype = torch.float64) -> Case:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    mask = torch.rand(num, length, generator=generator) < 0.6
-    mask[1] = False  # an empty response
-    kept = torch.ones(num, dtype=torch.bool)
-    kept[2] = False  # could not be judged
-    old = randn(num, length) - 2
-    now = (old + 0.3 * randn(num, length)).requires_grad_()
-    advantages = randn(num, 1)  # of a sequence, for each of its tokens
-    return now, old, advantages, mask, kept, old + 0.3 * randn(num, length)
-
-
-def _weights(mask, kept, aggregation, counts=None):
-    """Each sequence's token weight at its response tokens, 0 elsewhere."""
-    lengths = mask.sum(dim=1)
-    counts = counts or loss_counts(lengths, kept)
-    weight_N = token_weights(lengths, kept, aggregation, *counts)
-    return torch.where(mask, weight_N.unsqueeze(1), 0.0)
-
-
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_loss_and_metrics_equal_the_hand_written_loop(aggregation):
-    now, old, advantages, mask, kept, ref = _case()
-    result = grpo_loss(
-        now,
-        old,
-        advantages,
-        _weights(mask, kept, aggregation),
-        clip_low=0.2,
-        clip_high=0.28,
-        kl_coefficient=0.01,
-        ref_logprobs=ref,
+    mask = torch.rand(6, 5, generator=generator) < 0.6
+    mask[1] = False
+    kept = torch.ones(6, dtype=torch.bool)
+    kept[2] = False
+    old = randn(6, 5) - 2
+    return Case(
+        now=(old + 0.3 * randn(6, 5)).requires_grad_(),
+        entropy=(2 + randn(6, 5).tanh()).requires_grad_(),
+        old=old,
+        rollout=old + 0.2 * randn(6, 5),
+        ref=old + 0.3 * randn(6, 5),
+        advantages=randn(6, 1),  # of a sequence, for each of its tokens
+        mask=mask,
+        kept=kept,
     )
-    rows = [n for n in range(len(mask)) if kept[n] and mask[n].any()]
-    num_tokens = sum(int(mask[n].sum()) for n in rows)
-    loss = clipped = kl = policy_kl = 0.0
-    for n in rows:
-        length = int(mask[n].sum())
-        weight = 1 / num_tokens if aggregation == "token_mean" else 1 / (length * len(rows))
-        for s in range(mask.shape[1]):
-            if not mask[n, s]:
-                continue
-            x, advantage = (now[n, s] - old[n, s]).item(), advantages[n].item()
+
+
+def loop(case: Case, weights: Tensor, config: AlgorithmConfig) -> dict[str, float]:
+    """The definition in Python floats, token by token; nothing may be non-finite or clamped."""
+    sums = dict.fromkeys((field.name for field in fields(GrpoLoss)), 0.0)
+    for n, weights_S in enumerate(weights.tolist()):
+        now, old, ref, rollout, entropy = (
+            tensor[n].tolist()
+            for tensor in (case.now, case.old, case.ref, case.rollout, case.entropy)
+        )
+        advantage = case.advantages[n].item()
+        used = [s for s, weight in enumerate(weights_S) if weight]
+        for s in used:
+            x = now[s] - old[s]
+            sums["policy_kl"] += weights_S[s] * (math.exp(x) - 1 - x)
+            if config.ratio == "sequence":
+                x = sum(now[t] - old[t] for t in used) / len(used)
             ratio = math.exp(x)
-            bounded = min(max(ratio, 0.8), 1.28)
-            y = (ref[n, s] - now[n, s]).item()
-            token_kl = math.exp(y) - 1 - y
-            loss += weight * (-min(ratio * advantage, bounded * advantage) + 0.01 * token_kl)
-            clipped += weight * (bounded * advantage < ratio * advantage)
-            kl += weight * token_kl
-            policy_kl += weight * (math.exp(x) - 1 - x)
-    # the weights are float32: 6e-8 each
-    assert result.loss.item() == pytest.approx(loss, rel=1e-6)
-    assert result.clip_fraction.item() == pytest.approx(clipped, rel=1e-6) and clipped > 0
-    assert result.kl.item() == pytest.approx(kl, rel=1e-6)
-    assert result.policy_kl.item() == pytest.approx(policy_kl, rel=1e-6)
-    assert result.num_nonfinite.item() == 0
+            bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+            objective = min(ratio * advantage, bounded * advantage)
+            if config.dual_clip and advantage < 0:
+                objective = max(objective, config.dual_clip * advantage)
+            tis = math.exp(old[s] - rollout[s]) if config.tis_cap else 1.0
+            y = ref[s] - now[s]
+            kl = math.exp(y) - 1 - y
+            sums["loss"] += weights_S[s] * (
+                -(min(tis, config.tis_cap) if config.tis_cap else 1.0) * objective
+                + config.kl_coefficient * kl
+                - config.entropy_coefficient * entropy[s]
+            )
+            sums["clip_fraction"] += weights_S[s] * (objective != ratio * advantage)
+            sums["kl"] += weights_S[s] * kl
+            sums["entropy"] += weights_S[s] * entropy[s]
+            sums["tis_truncated"] += weights_S[s] * (config.tis_cap > 0 and tis > config.tis_cap)
+        for s in range(len(now)):
+            if math.isfinite(rollout[s]):
+                sums["num_compared"] += 1
+                sums["diff_sum"] += abs(old[s] - rollout[s])
+                sums["diff_max"] = max(sums["diff_max"], abs(old[s] - rollout[s]))
+    return sums
 
 
-def test_loss_gradient_passes_gradcheck():
-    now, old, advantages, mask, kept, ref = _case()
-    weights = _weights(mask, kept, "token_mean").double()
+def test_weights_divide_by_tokens_by_sequences_and_their_length_or_by_a_fixed_length():
+    lengths, kept = torch.tensor([4, 0, 3, 2]), torch.tensor([True, True, False, True])
+    counts = loss_counts(lengths, kept)
+    assert counts == (6, 2)
+    for aggregation, expected in (
+        ("token_mean", [1 / 6, 1 / 6, 0.0, 1 / 6]),
+        ("sequence_mean", [1 / 8, 1.0, 0.0, 1 / 4]),  # the empty one has no token to weigh
+        ("fixed_length", [1 / 16, 1 / 16, 0.0, 1 / 16]),
+    ):
+        weights = token_weights(lengths, kept, aggregation, *counts, fixed_length=8)
+        assert weights.dtype == torch.float32
+        assert weights.tolist() == pytest.approx(expected, rel=1e-7)  # half a float32 ulp
+    with pytest.raises(ValueError, match=r"algorithm\.aggregation='mean'"):
+        token_weights(lengths, kept, "mean", *counts, fixed_length=8)
 
-    def loss(x):
-        return grpo_loss(
-            x,
-            old,
-            advantages,
-            weights,
-            clip_low=0.2,
-            clip_high=0.2,
-            kl_coefficient=0.5,
-            ref_logprobs=ref,
-        ).loss
 
-    assert torch.autograd.gradcheck(loss, now)
-    assert torch.autograd.gradcheck(lambda x: supervised_loss(x, weights), now)
+def test_means_have_weights_that_sum_to_one_and_nothing_kept_has_zeros():
+    case = make_case()
+    for aggregation in ("token_mean", "sequence_mean"):
+        weights = case.weights(aggregation)
+        assert weights.sum().item() == pytest.approx(1.0, abs=1e-6)
+        assert (weights[2] == 0).all() and (weights[~case.mask] == 0).all()
+    for aggregation in ("token_mean", "sequence_mean", "fixed_length"):
+        nothing = replace(case, kept=torch.zeros_like(case.kept)).weights(aggregation)
+        assert (nothing == 0).all() and nothing.isfinite().all()
+
+
+@any_option
+def test_loss_and_metrics_equal_the_hand_written_loop(config: AlgorithmConfig):
+    case = make_case()
+    case.rollout[0, 0] = NAN  # not compared
+    weights = case.weights(config.aggregation)
+    weights[0, 0] = 0.0
+    result, expected = case.loss(weights, config), loop(case, weights, config)
+    assert expected["clip_fraction"] > 0
+    assert (expected["tis_truncated"] > 0) == (config.tis_cap > 0)
+    for name, value in expected.items():
+        # sums of 30 float32 numbers where the weights alone are summed, else of float64 ones
+        assert getattr(result, name).item() == pytest.approx(value, rel=1e-6), name
+
+
+@any_option
+def test_loss_gradient_passes_gradcheck(config: AlgorithmConfig):
+    case = make_case()
+    weights = case.weights(config.aggregation).double()
+    assert torch.autograd.gradcheck(
+        lambda now, entropy: replace(case, now=now, entropy=entropy).loss(weights, config).loss,
+        (case.now, case.entropy),
+    )
 
 
 def test_on_policy_gradient_is_minus_weight_times_advantage():
-    now, _, advantages, mask, kept, _ = _case()
-    weights = _weights(mask, kept, "token_mean").double()
-    result = grpo_loss(now, now, advantages, weights, clip_low=0.2, clip_high=0.2)
-    (gradient,) = torch.autograd.grad(result.loss, now)
-    torch.testing.assert_close(gradient, -weights * advantages, rtol=1e-14, atol=0)
+    case = make_case()
+    weights = case.weights("token_mean").double()
+    for old in (case.now, None):  # without old log-probs the present ones stand for them
+        result = grpo_loss(
+            case.now,
+            case.advantages,
+            weights,
+            AlgorithmConfig(),
+            sequence=case.sequence,
+            old_logprobs=old,
+        )
+        (gradient,) = torch.autograd.grad(result.loss, case.now)
+        torch.testing.assert_close(gradient, -weights * case.advantages, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("gap", [-25.0, 25.0, 1000.0])
-def test_log_ratios_beyond_the_clamp_have_zero_gradient(gap):
-    now = torch.tensor([[gap, 0.1]], requires_grad=True)
-    weights = torch.full((1, 2), 0.5)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_log_ratios_beyond_the_clamp_have_zero_gradient(gap: float, ratio: str):
+    now = torch.tensor([[gap], [0.1]], requires_grad=True)
     # advantage -1: the clip doesn't stop a growing ratio, so that only the clamp can
     result = grpo_loss(
         now,
-        torch.zeros(1, 2),
         torch.tensor([[-1.0]]),
-        weights,
-        clip_low=0.2,
-        clip_high=0.2,
-        kl_coefficient=1.0,
-        ref_logprobs=torch.zeros(1, 2),
+        torch.full((2, 1), 0.5),
+        AlgorithmConfig(kl_coefficient=1.0, ratio=ratio),
+        sequence=torch.tensor([[0], [1]]),
+        old_logprobs=torch.zeros(2, 1),
+        ref_logprobs=torch.zeros(2, 1),
     )
     (gradient,) = torch.autograd.grad(result.loss, now)
-    assert result.loss.isfinite() and gradient[0, 0] == 0.0 and gradient[0, 1] != 0.0
+    assert result.loss.isfinite() and gradient[0, 0] == 0.0 and gradient[1, 0] != 0.0
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-@pytest.mark.parametrize("splits", [[6], [3, 3], [1, 2, 3], [1] * 6])
-def test_loss_and_gradient_do_not_depend_on_the_split_or_on_padding(aggregation, splits):
-    now, old, advantages, mask, kept, _ = _case()
-    whole = grpo_loss(
-        now, old, advantages, _weights(mask, kept, aggregation), clip_low=0.2, clip_high=0.2
+def test_the_sequence_ratio_is_one_number_whose_gradient_all_tokens_share():
+    case = make_case()
+    weights = case.weights("sequence_mean").double()
+    config = AlgorithmConfig(ratio="sequence", clip_low=0.9, clip_high=9.0)  # nothing is clipped
+    gradient, _ = case.gradients(case.loss(weights, config).loss)
+    for n in (0, 3, 4, 5):
+        used = weights[n] > 0
+        ratio = (case.now - case.old).detach()[n, used].mean().exp()
+        expected = -weights[n] * ratio * case.advantages[n]
+        torch.testing.assert_close(gradient[n], expected, rtol=1e-13, atol=0)  # a few roundings
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages_only():
+    now = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([-2.0, 2.0, -2.0], dtype=torch.float64)
+    config = AlgorithmConfig(clip_low=0.2, clip_high=0.2, dual_clip=2.0)
+    result = grpo_loss(
+        now,
+        advantages,
+        torch.ones(3),
+        config,
+        sequence=torch.arange(3),
+        old_logprobs=torch.zeros(3, dtype=torch.float64),
     )
-    (expected,) = torch.autograd.grad(whole.loss, now)
+    # e^1 is above both bounds; e^0.5 is above 1.2, but a negative advantage is clipped at 2 alone
+    assert result.loss.item() == pytest.approx(4 - 1.2 * 2 + 2 * math.exp(0.5), rel=1e-14)
+    assert result.clip_fraction.item() == 2
+    (gradient,) = torch.autograd.grad(result.loss, now)
+    assert gradient.tolist() == pytest.approx([0.0, 0.0, 2 * math.exp(0.5)], rel=1e-14)
+
+
+def test_tis_scales_the_policy_term_but_neither_kl_nor_entropy():
+    case = make_case()
+    weights = case.weights("token_mean").double()
+    options = AlgorithmConfig(kl_coefficient=0.5, entropy_coefficient=0.5)
+    policy_only = AlgorithmConfig()
+    tis = (case.old - case.rollout).exp().clamp(max=1.1)
+
+    def by_logprobs(config: AlgorithmConfig, weights_NS: Tensor) -> Tensor:
+        return case.gradients(case.loss(weights_NS, config).loss)[0]
+
+    capped = by_logprobs(replace(options, tis_cap=1.1), weights)
+    expected = by_logprobs(policy_only, weights * tis)
+    expected += by_logprobs(options, weights) - by_logprobs(policy_only, weights)
+    torch.testing.assert_close(capped, expected, rtol=1e-12, atol=1e-15)  # a cancelling difference
+
+
+def test_the_entropy_bonus_pushes_every_used_entropy_up_alike():
+    case = make_case()
+    weights = case.weights("token_mean").double()
+    _, gradient = case.gradients(case.loss(weights, AlgorithmConfig(entropy_coefficient=0.3)).loss)
+    torch.testing.assert_close(gradient, -0.3 * weights, rtol=1e-15, atol=0)
+    _, gradient = case.gradients(case.loss(weights, AlgorithmConfig()).loss)
+    assert (gradient == 0).all()
+
+
+@any_option
+@pytest.mark.parametrize("splits", [[6], [3, 3], [1, 2, 3], [1] * 6])
+def test_loss_and_gradient_do_not_depend_on_the_split_or_on_padding(
+    config: AlgorithmConfig, splits: list[int]
+):
+    case = make_case()
+    whole = case.loss(case.weights(config.aggregation), config)
+    expected = case.gradients(whole.loss)
     # every part counts its own rows; the sums are the global denominators
     parts = torch.arange(6).flip(0).split(splits)
-    counts = [loss_counts(mask[part].sum(dim=1), kept[part]) for part in parts]
+    counts = [loss_counts(case.lengths[part], case.kept[part]) for part in parts]
     num_tokens, num_sequences = (sum(column) for column in zip(*counts, strict=True))
     total, clip_fraction = torch.zeros(()).double(), torch.zeros(())
     for part in parts:
 
-        def pad(values, fill, part=part):
+        def pad(values: Tensor, fill: float, part: Tensor = part) -> Tensor:
             return torch.nn.functional.pad(values[part], (0, 3), value=fill)
 
-        weights = _weights(pad(mask, False), kept[part], aggregation, (num_tokens, num_sequences))
-        result = grpo_loss(
-            pad(now, NAN), pad(old, 7.0), advantages[part], weights, clip_low=0.2, clip_high=0.2
+        padded = Case(
+            now=pad(case.now, NAN),
+            entropy=pad(case.entropy, math.inf),
+            old=pad(case.old, 7.0),
+            rollout=pad(case.rollout, NAN),
+            ref=pad(case.ref, -math.inf),
+            advantages=case.advantages[part],
+            mask=pad(case.mask, False),
+            kept=case.kept[part],
+        )
+        result = padded.loss(
+            padded.weights(config.aggregation, (num_tokens, num_sequences)), config
         )
         assert result.num_nonfinite == 0
         total, clip_fraction = total + result.loss, clip_fraction + result.clip_fraction
-    (gradient,) = torch.autograd.grad(total, now)
     # the same float64 terms, added in another order
     torch.testing.assert_close(total, whole.loss, rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(clip_fraction, whole.clip_fraction, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=1e-15)
-
-
-def test_weights_sum_to_one_and_are_zero_where_nothing_is_kept():
-    _, _, _, mask, kept, _ = _case()
-    for aggregation in ("token_mean", "sequence_mean"):
-        weights = _weights(mask, kept, aggregation)
-        assert weights.dtype == torch.float32
-        assert weights.sum().item() == pytest.approx(1.0, abs=1e-6)
-        assert (weights[2] == 0).all() and (weights[~mask] == 0).all()
-        nothing = _weights(mask, torch.zeros_like(kept), aggregation)
-        assert (nothing == 0).all() and nothing.isfinite().all()
-    with pytest.raises(ValueError, match=r"algorithm\.aggregation"):
-        token_weights(mask.sum(dim=1), kept, "mean", 1, 1)
+    torch.testing.assert_close(case.gradients(total), expected, rtol=1e-13, atol=1e-15)
 
 
 def test_huge_numbers_at_weight_zero_stay_out_of_loss_and_gradient():
@@ -248,44 +418,70 @@ def test_huge_numbers_at_weight_zero_stay_out_of_loss_and_gradient():
     weights = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     advantages = torch.tensor([[1.0], [-3e38]])  # times the ratio: infinite, and 0 * inf is NaN
     result = grpo_loss(
-        now, torch.full((2, 2), -1.0), advantages, weights, clip_low=0.2, clip_high=0.2
+        now,
+        advantages,
+        weights,
+        AlgorithmConfig(),
+        sequence=torch.tensor([[0, 0], [1, 1]]),
+        old_logprobs=torch.full((2, 2), -1.0),
     )
     assert result.loss.item() == -1.0
     assert torch.autograd.grad(result.loss, now)[0].tolist() == [[-1.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["now", "old", "ref"])
-def test_a_non_finite_token_is_counted_and_not_spread(bad, where):
-    now, old, advantages, mask, kept, ref = _case(dtype=torch.float32)
-    weights = _weights(mask, kept, "token_mean")
+@pytest.mark.parametrize("where", ["now", "old", "ref", "rollout", "entropy"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_non_finite_token_is_counted_and_not_spread(bad: float, where: str, ratio: str):
+    case = make_case(dtype=torch.float32)
+    config = replace(OPTIONS["all"], ratio=ratio)
+    weights = case.weights("token_mean")
     n, s = weights.nonzero()[0].tolist()
-    tensors = {"now": now.detach().clone(), "old": old.clone(), "ref": ref.clone()}
-
-    def run(weights_NS):
-        x = tensors["now"].clone().requires_grad_()
-        result = grpo_loss(
-            x,
-            tensors["old"],
-            advantages,
-            weights_NS,
-            clip_low=0.2,
-            clip_high=0.2,
-            kl_coefficient=0.1,
-            ref_logprobs=tensors["ref"],
-        )
-        return result, torch.autograd.grad(result.loss, x)[0]
-
     without = weights.clone()
     without[n, s] = 0.0
-    expected, expected_gradient = run(without)
-    tensors[where][n, s] = bad
-    for masked in torch.nonzero(weights == 0).tolist():
-        tensors[where][tuple(masked)] = bad  # masked tokens may hold anything, uncounted
-    result, gradient = run(weights)
-    assert result.num_nonfinite.item() == 1 and gradient[n, s] == 0.0
+    expected = case.loss(without, config)
+    dirty = getattr(case, where).detach().clone()
+    dirty[n, s] = bad
+    dirty[weights == 0] = bad  # masked tokens may hold anything, uncounted
+    dirty_case = replace(case, **{where: dirty.requires_grad_(where in ("now", "entropy"))})
+    result = dirty_case.loss(weights, config)
+    assert result.num_nonfinite.item() == 1
     assert torch.equal(result.loss, expected.loss)
-    assert torch.equal(gradient, expected_gradient)
+    gradients = dirty_case.gradients(result.loss)
+    for gradient, expected_gradient in zip(gradients, case.gradients(expected.loss), strict=True):
+        assert gradient[n, s] == 0.0 and torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("where", ["rollout", "entropy"])
+def test_what_no_option_uses_may_be_non_finite(where: str):
+    case = make_case()
+    weights = case.weights("token_mean")
+    dirty = torch.full_like(getattr(case, where).detach(), NAN, requires_grad=where == "entropy")
+    result = replace(case, **{where: dirty}).loss(weights, AlgorithmConfig())
+    assert result.num_nonfinite == 0
+    assert torch.equal(result.loss, case.loss(weights, AlgorithmConfig()).loss)
+    assert (result.num_compared == 0) == (where == "rollout")
+    assert (result.entropy == 0) == (where == "entropy")
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("kl_coefficient", "ref_logprobs"),
+        ("tis_cap", "rollout_logprobs"),
+        ("entropy_coefficient", "entropy"),
+    ],
+)
+def test_an_option_without_its_input_is_refused(key: str, name: str):
+    case = make_case()
+    with pytest.raises(ValueError, match=rf"algorithm\.{key}=0\.1 needs {name}"):
+        grpo_loss(
+            case.now,
+            case.advantages,
+            case.weights("token_mean"),
+            AlgorithmConfig(**{key: 0.1}),
+            sequence=case.sequence,
+        )
 
 
 def test_k3_is_accurate_near_zero_in_float32_where_the_naive_form_is_not():
@@ -312,25 +508,13 @@ def test_k3_gradient_is_expm1_on_both_sides_of_the_switch():
     torch.testing.assert_close(gradient, x.detach().expm1(), rtol=1e-14, atol=1e-18)
 
 
-def test_a_kl_coefficient_without_reference_is_refused():
-    now, old, advantages, mask, kept, _ = _case()
-    with pytest.raises(ValueError, match=r"algorithm\.kl_coefficient=0\.1"):
-        grpo_loss(
-            now,
-            old,
-            advantages,
-            _weights(mask, kept, "token_mean"),
-            clip_low=0.2,
-            clip_high=0.2,
-            kl_coefficient=0.1,
-        )
-
-
 def test_supervised_loss_is_the_mean_negative_logprob_and_ignores_masked_tokens():
-    now, _, _, mask, kept, _ = _case()
-    weights = _weights(mask, kept, "token_mean")
+    case = make_case()
+    weights = case.weights("token_mean")
     used = weights > 0
-    dirty = torch.where(used, now, torch.nan)
+    dirty = torch.where(used, case.now, torch.nan)
     loss = supervised_loss(dirty, weights)
-    assert loss.item() == pytest.approx(-now[used].mean().item(), rel=1e-6)  # float32 weights
-    assert torch.autograd.grad(loss, now)[0].isfinite().all()
+    assert loss.item() == pytest.approx(-case.now[used].mean().item(), rel=1e-6)  # float32 weights
+    assert torch.autograd.grad(loss, case.now)[0].isfinite().all()
+    weights = weights.double()
+    assert torch.autograd.gradcheck(lambda now: supervised_loss(now, weights), case.now)

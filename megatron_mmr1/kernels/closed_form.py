@@ -272,6 +272,8 @@ def _token_terms(
 def _advantages(sequences: PackedSequences, config: AlgorithmConfig) -> Tensor:
     """Each sequence's advantage [S], as algorithms.advantages.group_advantages defines it."""
     rewards_N = sequences.rewards_N
+    if not len(rewards_N):
+        return rewards_N  # no rewards, no sequences
     index_N = torch.arange(len(rewards_N), device=rewards_N.device)
     start_S1, end_S1 = sequences.group_S2[:, :1], sequences.group_S2[:, 1:]
     in_group_SN = (index_N >= start_S1) & (index_N < end_S1) & ~rewards_N.isnan()

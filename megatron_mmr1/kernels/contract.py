@@ -16,6 +16,7 @@ from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.types import ResponseRows
 
 ROW_MULTIPLE = 16  # elements: rows of the logits begin at multiples of it, for 128-bit accesses
+ACCESS_BYTES = 16  # of such an access; torch aligns allocations to 64 on a CPU, to 512 on a GPU
 # What sequence_loss adds up, in this order; the last one is a maximum. See algorithms.GrpoLoss.
 SUMS = (
     "loss",
@@ -189,7 +190,7 @@ def check_logits(local_logits: Tensor, targets_R: Tensor, vocabulary: Vocabulary
             "of local_logits"
         )
     row_stride, column_stride = local_logits.stride()
-    is_aligned = local_logits.data_ptr() % (ROW_MULTIPLE * local_logits.element_size()) == 0
+    is_aligned = local_logits.data_ptr() % ACCESS_BYTES == 0
     end = local_logits.storage_offset() + len(local_logits) * row_stride
     is_aligned = is_aligned and end * local_logits.element_size() <= (
         local_logits.untyped_storage().nbytes()
@@ -197,8 +198,8 @@ def check_logits(local_logits: Tensor, targets_R: Tensor, vocabulary: Vocabulary
     if column_stride != 1 or row_stride % ROW_MULTIPLE or not is_aligned:
         raise ValueError(
             f"local_logits has strides ({row_stride}, {column_stride}) and begins at byte "
-            f"{local_logits.data_ptr()}: rows must begin at multiples of {ROW_MULTIPLE} elements; "
-            "allocate them with contract.padded_logits"
+            f"{local_logits.data_ptr()}: rows must begin at multiples of {ROW_MULTIPLE} elements "
+            f"and of {ACCESS_BYTES} bytes; allocate them with contract.padded_logits"
         )
 
 
@@ -217,7 +218,7 @@ def gather_statistics(statistics_4R: Tensor, tp_group: dist.ProcessGroup | None)
     if tp_group is None:
         return statistics_4R.unsqueeze(0)
     num_ranks, num_rows = tp_group.size(), statistics_4R.shape[1]
-    gathered = statistics_4R.new_empty(4 * num_ranks, num_rows)
+    gathered = statistics_4R.new_empty(num_ranks * 4, num_rows)  # end to end: as gloo wants it
     dist.all_gather_into_tensor(gathered, statistics_4R, group=tp_group)
     return gathered.view(num_ranks, 4, num_rows)
 

@@ -185,9 +185,12 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _attach(hidden_RD: Tensor, weight: Tensor, loss: Tensor, found: _Found) -> Tensor:
     """Return the loss as a node of autograd's graph whose gradients are already known."""
+    is_in_main_grad = weight.requires_grad and found.d_weight is None
     if found.d_weight is None:
         weight = weight.detach()
-    return _KnownGradients.apply(hidden_RD, weight, loss, found.d_hidden_RD, found.d_weight)
+    return _KnownGradients.apply(
+        hidden_RD, weight, loss, found.d_hidden_RD, found.d_weight, is_in_main_grad
+    )
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -201,18 +204,18 @@ class _KnownGradients(torch.autograd.Function):
         loss: Tensor,
         d_hidden_RD: Tensor,
         d_weight: Tensor | None,
+        is_in_main_grad: bool,
     ) -> Tensor:
-        ctx.known = d_hidden_RD, d_weight
+        ctx.known = d_hidden_RD, d_weight, is_in_main_grad
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        d_hidden_RD, d_weight = ctx.known
+        d_hidden_RD, d_weight, is_in_main_grad = ctx.known
         ctx.known = None
-        if d_weight is None:
-            # The weight's gradient is in main_grad already: only a factor of 1 can be right.
-            torch._assert_async(gradient == 1)
-        else:
+        if is_in_main_grad:
+            torch._assert_async(gradient == 1)  # for the weight, only a factor of 1 can be right
+        if d_weight is not None:
             d_weight.mul_(gradient)
-        return d_hidden_RD.mul_(gradient), d_weight, None, None, None
+        return d_hidden_RD.mul_(gradient), d_weight, None, None, None, None
