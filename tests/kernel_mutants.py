@@ -207,7 +207,7 @@ MUTANTS = (
         "GSPO's gradient has each token's own TIS weight",
         "sequence_kernel.py",
         "sequence",
-        "slope = tis * 0.0 + mean_tis",
+        "slope = tl.broadcast_to(mean_tis, [BLOCK])",
         "slope = tis",
     ),
     Mutant(
