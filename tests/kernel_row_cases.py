@@ -310,6 +310,31 @@ def test_logits_that_do_not_fit_are_refused(form: Form, changes: dict[str, Any],
         form.loss_gradient_(given["logits"], given["targets"], vocabulary, Given(torch.ones(3)))
 
 
+@any_form
+@pytest.mark.parametrize(
+    ("upstream", "message"),
+    [
+        (Given(torch.ones(2)), r"d_logprobs_R has shape \(2,\).*targets_R asks for \(3,\)"),
+        (Given(torch.ones(3).half()), r"d_logprobs_R has .*torch\.float16"),
+        (Given(torch.ones(3), torch.ones(4)), r"d_entropy_R has shape \(4,\)"),
+        (Given(torch.ones(3, device="meta")), r"d_logprobs_R is on meta, targets_R on cpu"),
+    ],
+)
+def test_gradients_that_do_not_fit_are_refused(form: Form, upstream: Given, message: str):
+    logits, targets_R = torch.zeros(3, 256), torch.zeros(3).long()
+    with pytest.raises(ValueError, match=message):
+        form.loss_gradient_(logits, targets_R, make_vocabulary(256), upstream)
+    assert not logits.any()
+
+
+def test_float64_is_for_the_torch_form_only():
+    logits, targets_R = torch.zeros(3, 256).double(), torch.zeros(3).long()
+    with pytest.raises(ValueError, match=r"local_logits is float64; use model\.kernels='torch'"):
+        triton_form.logprobs_(logits, targets_R, make_vocabulary(256), False)
+    with pytest.raises(ValueError, match=r"local_logits is float64"):
+        triton_form.loss_gradient_(logits, targets_R, make_vocabulary(256), Given(torch.ones(3)))
+
+
 def test_logits_without_room_for_a_whole_last_row_are_refused():
     short = torch.zeros(2 * 256 + 250).as_strided((3, 250), (256, 1))
     with pytest.raises(ValueError, match=r"contract\.padded_logits"):

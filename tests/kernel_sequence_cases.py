@@ -14,6 +14,7 @@ import torch
 from kernel_batches import ALL, LEFT_OUT, NAN, any_form, assert_close, make_batch
 
 from megatron_mmr1.config.schema import AlgorithmConfig
+from megatron_mmr1.kernels import closed_form, triton_form
 from megatron_mmr1.kernels.contract import SUMS, Form
 from megatron_mmr1.kernels.sequences import pack_sequences
 
@@ -258,9 +259,26 @@ def test_vectors_that_do_not_fit_are_refused(form: Form, name: str):
     sequences = replace(batch.rows.sequences, rewards_N=torch.ones(53, device="meta"))
     with pytest.raises(ValueError, match="rewards_N is on meta"):
         replace(batch, rows=replace(batch.rows, sequences=sequences)).found(form, ALL)
+    sequences = batch.rows.sequences
+    for changes, message in (
+        ({"weight_S": torch.ones(2)}, r"weight_S has shape \(2,\); 1 sequences ask for \(1,\)"),
+        ({"group_S2": torch.ones(1).int()}, r"group_S2 has shape \(1,\).*ask for \(1, 2\)"),
+        ({"offsets_S1": torch.tensor([0, 4]).int()}, "offsets_S1 ends at 4, target_ids_R at 3"),
+    ):
+        wrong = replace(batch.rows, sequences=replace(sequences, **changes))
+        with pytest.raises(ValueError, match=message):
+            replace(batch, rows=wrong).found(form, ALL)
     ids = batch.rows.target_ids_R.int()
     with pytest.raises(ValueError, match=r"target_ids_R has .*torch\.int32"):
         batch.with_rows(target_ids_R=ids).found(form, ALL)
+
+
+def test_float64_vectors_are_for_the_torch_form_only():
+    batch = make_batch(sequences=[(0, 0, 3)], left_out=[])
+    wide = batch.rows.rollout_logprobs_R.double()
+    batch.with_rows(rollout_logprobs_R=wide).found(closed_form, ALL)
+    with pytest.raises(ValueError, match="rollout_logprobs_R is float64"):
+        batch.with_rows(rollout_logprobs_R=wide).found(triton_form, ALL)
 
 
 def test_the_batch_has_what_its_comments_say():

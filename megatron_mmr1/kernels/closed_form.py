@@ -76,6 +76,7 @@ def loss_gradient_(
 ) -> tuple[Tensor, Tensor | None]:
     """See `Form.loss_gradient_`."""
     contract.check_logits(local_logits, targets_R, vocabulary)
+    contract.check_upstream(upstream, targets_R)
     needs_entropy = isinstance(upstream, TokenGrpo) or upstream.d_entropy_R is not None
     statistics_4R = _statistics_(local_logits, targets_R, vocabulary, needs_entropy)
     gathered = contract.gather_statistics(statistics_4R, vocabulary.tp_group)

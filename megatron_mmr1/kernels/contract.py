@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mmr1.config.schema import AlgorithmConfig
+from megatron_mmr1.kernels.sequences import check_rows, check_vector
 from megatron_mmr1.types import ResponseRows
 
 ROW_MULTIPLE = 16  # elements: rows of the logits begin at multiples of it, for 128-bit accesses
@@ -201,6 +202,29 @@ def check_logits(local_logits: Tensor, targets_R: Tensor, vocabulary: Vocabulary
             f"{local_logits.data_ptr()}: rows must begin at multiples of {ROW_MULTIPLE} elements "
             f"and of {ACCESS_BYTES} bytes; allocate them with contract.padded_logits"
         )
+
+
+def check_upstream(upstream: Given | TokenGrpo, targets_R: Tensor) -> None:
+    """Check the loss's gradients, or what they follow from, against the rows of the logits.
+
+    Raises:
+        ValueError: names the tensor, what it has, and what it should have.
+    """
+    if isinstance(upstream, TokenGrpo):
+        check_rows(upstream.rows)
+        num_rows, total = len(targets_R), len(upstream.rows.target_ids_R)
+        if not 0 <= upstream.start <= total - num_rows:
+            raise ValueError(
+                f"start={upstream.start} with {num_rows} rows of logits is not within the {total} "
+                "response rows"
+            )
+        return
+    for name, gradient_R in (
+        ("d_logprobs_R", upstream.d_logprobs_R),
+        ("d_entropy_R", upstream.d_entropy_R),
+    ):
+        if gradient_R is not None:
+            check_vector(name, gradient_R, torch.float32, targets_R, "targets_R")
 
 
 def padded_logits(num_rows: int, num_columns: int, like: Tensor) -> Tensor:

@@ -132,12 +132,12 @@ def statistics_kernel(
 def _combine(gathered, r, num_rows, NUM_RANKS: tl.constexpr):
     """Bring the ranks' statistics of one row together; the largest one is 0 away from itself."""
     highest = LOWEST
-    for k in tl.static_range(NUM_RANKS):
+    for k in tl.static_range(NUM_RANKS):  # pyright: ignore
         highest = tl.maximum(highest, tl.load(gathered + (4 * k) * num_rows + r))
     total = 0.0
     target = 0.0
     spread = 0.0
-    for k in tl.static_range(NUM_RANKS):
+    for k in tl.static_range(NUM_RANKS):  # pyright: ignore
         shift = tl.load(gathered + (4 * k) * num_rows + r) - highest
         factor = tl.exp(shift)
         part = tl.load(gathered + (4 * k + 1) * num_rows + r)
@@ -259,7 +259,7 @@ def gradient_kernel(
     """
     r = tl.program_id(0)
     row = logits + r.to(tl.int64) * row_stride
-    column, is_here = _target_column(tl.load(targets_R + r), first, num_tokens)
+    column, is_here = _target_column(tl.load(targets_R + r), first, num_tokens)  # pyright: ignore
     if gathered is None:
         _ban(row, banned, num_banned)
         # Read by all threads, so before the barrier of the first reduction: they write later.
@@ -269,7 +269,7 @@ def gradient_kernel(
         )
         highest = top * (scale * LN_2)
     else:
-        highest, total, target, spread = _combine(gathered, r, num_rows, NUM_RANKS)
+        highest, total, target, spread = _combine(gathered, r, num_rows, NUM_RANKS)  # pyright: ignore
     log_total = tl.log(total)
     logprob = target - (log_total + highest)
     entropy = log_total - spread / total

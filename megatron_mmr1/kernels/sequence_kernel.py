@@ -61,7 +61,7 @@ def sequence_kernel(
 
     `partials` is scratch [S, NUM_SUMS]; `num_finished` an int32 that is 0 before and after.
     """
-    USES_ENTROPY: tl.constexpr = d_entropy_R is not None
+    USES_ENTROPY: tl.constexpr = d_entropy_R is not None  # pyright: ignore
     s = tl.program_id(0)
     start = tl.load(offsets_S1 + s)
     end = tl.load(offsets_S1 + s + 1)

@@ -97,6 +97,8 @@ def check_rows(rows: ResponseRows, **others: Tensor | None) -> None:
         ValueError: names the tensor, what it has, and what it should have.
     """
     num_rows, device = len(rows.target_ids_R), rows.target_ids_R.device
+    if rows.target_ids_R.dim() != 1:
+        raise ValueError(f"target_ids_R has shape {tuple(rows.target_ids_R.shape)}; make it [R]")
     vectors: dict[str, tuple[Tensor | None, torch.dtype]] = {
         "target_ids_R": (rows.target_ids_R, torch.int64),
         "rollout_logprobs_R": (rows.rollout_logprobs_R, torch.float32),
@@ -105,21 +107,50 @@ def check_rows(rows: ResponseRows, **others: Tensor | None) -> None:
         **{name: (tensor, torch.float32) for name, tensor in others.items()},
     }
     for name, (tensor, dtype) in vectors.items():
-        if tensor is None:
-            continue
-        is_wider = dtype == torch.float32 and tensor.dtype == torch.float64
-        if tensor.shape != (num_rows,) or not (tensor.dtype == dtype or is_wider):
+        if tensor is not None:
+            check_vector(name, tensor, dtype, rows.target_ids_R, "target_ids_R")
+    sequences = rows.sequences
+    num_sequences = len(sequences.sample_S)
+    for name, values, shape in (
+        ("offsets_S1", sequences.offsets_S1, (num_sequences + 1,)),
+        ("weight_S", sequences.weight_S, (num_sequences,)),
+        ("reward_S", sequences.reward_S, (num_sequences,)),
+        ("group_S2", sequences.group_S2, (num_sequences, 2)),
+    ):
+        if values.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; target_ids_R "
-                f"asks for ({num_rows},) and {dtype}"
+                f"{name} has shape {tuple(values.shape)}; {num_sequences} sequences ask for {shape}"
             )
-        _check_device(name, tensor, device)
-    for field in fields(rows.sequences):
-        _check_device(field.name, getattr(rows.sequences, field.name), device)
+    for field in fields(sequences):
+        _check_device(field.name, getattr(sequences, field.name), device)
+    if device.type == "cpu" and int(sequences.offsets_S1[-1]) != num_rows:
+        raise ValueError(
+            f"offsets_S1 ends at {int(sequences.offsets_S1[-1])}, target_ids_R at {num_rows}; "
+            "make them agree"
+        )
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_vector(
+    name: str, tensor: Tensor, dtype: torch.dtype, like_R: Tensor, like_name: str
+) -> None:
+    """Check a vector [R] against another one; float64 may stand for float32.
+
+    Raises:
+        ValueError: names the tensor, what it has, and what it should have.
+    """
+    is_wider = dtype == torch.float32 and tensor.dtype == torch.float64
+    if tensor.shape != like_R.shape or not (tensor.dtype == dtype or is_wider):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; {like_name} asks "
+            f"for {tuple(like_R.shape)} and {dtype}"
+        )
+    _check_device(name, tensor, like_R.device, like_name)
+
+
+def _check_device(
+    name: str, tensor: Tensor, device: torch.device, like_name: str = "target_ids_R"
+) -> None:
     if tensor.device != device:
         raise ValueError(
-            f"{name} is on {tensor.device}, target_ids_R on {device}; move them to one device"
+            f"{name} is on {tensor.device}, {like_name} on {device}; move them to one device"
         )

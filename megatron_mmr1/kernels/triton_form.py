@@ -8,6 +8,7 @@ kernel is compiled anew for another number of rows.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from megatron_mmr1.types import ResponseRows
 SEQUENCE_BLOCK, SEQUENCE_WARPS = 256, 8
 ROW_BLOCK, ROW_WARPS = 4096, 8
 GROUP_BLOCK = 32
+# Type checkers see the functions that were decorated, not what launches them.
+_sequence_kernel: Any = sequence_kernel
+_statistics_kernel: Any = statistics_kernel
+_gradient_kernel: Any = gradient_kernel
 
 
 def sequence_loss(
@@ -30,6 +35,7 @@ def sequence_loss(
 ) -> SequenceLoss:
     """See `Form.sequence_loss`."""
     check_rows(rows, logprobs_R=logprobs_R, entropy_R=entropy_R)
+    _refuse_float64(logprobs_R=logprobs_R, entropy_R=entropy_R, **_vectors(rows))
     sequences, num_sequences = rows.sequences, len(rows.sequences.sample_S)
     d_logprobs_R = torch.empty_like(logprobs_R)
     d_entropy_R = torch.empty_like(entropy_R) if config.entropy_coefficient else None
@@ -37,12 +43,10 @@ def sequence_loss(
     sums = logprobs_R.new_zeros(len(contract.SUMS))
     if num_sequences == 0:
         return SequenceLoss(sums, d_logprobs_R, d_entropy_R)
-    sequence_kernel[(num_sequences,)](
+    _sequence_kernel[(num_sequences,)](
         logprobs_R,
         entropy_R,
-        rows.old_logprobs_R,
-        rows.rollout_logprobs_R,
-        rows.ref_logprobs_R,
+        *_vectors(rows).values(),
         sequences.offsets_S1,
         sequences.weight_S,
         sequences.reward_S,
@@ -70,6 +74,7 @@ def logprobs_(
 ) -> tuple[Tensor, Tensor | None]:
     """See `Form.logprobs_`."""
     contract.check_logits(local_logits, targets_R, vocabulary)
+    _refuse_float64(local_logits=local_logits)
     statistics_4R = _statistics_(local_logits, targets_R, vocabulary, needs_entropy)
     gathered = contract.gather_statistics(statistics_4R, vocabulary.tp_group)
     logprobs_R, entropy_R, _ = contract.combine_statistics(gathered)
@@ -84,6 +89,8 @@ def loss_gradient_(
 ) -> tuple[Tensor, Tensor | None]:
     """See `Form.loss_gradient_`."""
     contract.check_logits(local_logits, targets_R, vocabulary)
+    contract.check_upstream(upstream, targets_R)
+    _refuse_float64(local_logits=local_logits)
     num_rows = len(targets_R)
     needs_entropy = isinstance(upstream, TokenGrpo) or upstream.d_entropy_R is not None
     logprobs_R = local_logits.new_empty(num_rows, dtype=torch.float32)
@@ -98,22 +105,21 @@ def loss_gradient_(
     given: tuple[Tensor | None, Tensor | None] = (None, None)
     if isinstance(upstream, TokenGrpo):
         config, rows, first_row = upstream.config, upstream.rows, upstream.start
+        _refuse_float64(**_vectors(rows))
         vectors = (
             upstream.sequence_R,
             rows.sequences.weight_S,
             rows.sequences.reward_S,
             rows.sequences.group_S2,
             rows.sequences.rewards_N,
-            rows.old_logprobs_R,
-            rows.rollout_logprobs_R,
-            rows.ref_logprobs_R,
+            *_vectors(rows).values(),
         )
         has_entropy = config.entropy_coefficient > 0
     else:
         given = upstream.d_logprobs_R, upstream.d_entropy_R
         has_entropy = upstream.d_entropy_R is not None
     banned = vocabulary.local_banned()
-    gradient_kernel[(num_rows,)](
+    _gradient_kernel[(num_rows,)](
         local_logits,
         targets_R,
         _on_device(tuple(banned), local_logits.device),
@@ -150,7 +156,7 @@ def _statistics_(
     statistics_4R = local_logits.new_empty(4, num_rows, dtype=torch.float32)
     banned = vocabulary.local_banned()
     if num_rows:
-        statistics_kernel[(num_rows,)](
+        _statistics_kernel[(num_rows,)](
             local_logits,
             targets_R,
             _on_device(tuple(banned), local_logits.device),
@@ -167,6 +173,17 @@ def _statistics_(
             num_warps=ROW_WARPS,
         )
     return statistics_4R
+
+
+def _refuse_float64(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            raise ValueError(f"{name} is float64; use model.kernels='torch', or make it float32")
+
+
+def _vectors(rows: ResponseRows) -> dict[str, Tensor | None]:
+    names = "old_logprobs_R", "rollout_logprobs_R", "ref_logprobs_R"
+    return {name: getattr(rows, name) for name in names}
 
 
 def _coefficients(config: AlgorithmConfig) -> tuple[float, ...]:
