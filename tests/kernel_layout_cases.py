@@ -5,6 +5,7 @@ Run by test_kernels.py in a process of its own. R rows, V columns, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from kernel_batches import (
     ALL,
     FLOAT32,
     NAN,
+    Batch,
     Stored,
     definition_of_rows,
     leaf_of,
@@ -21,6 +23,7 @@ from kernel_batches import (
 )
 from torch import Tensor
 
+from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.kernels import closed_form, triton_form
 from megatron_mmr1.kernels.contract import Form, Given, SoftmaxRule, TokenGrpo, Vocabulary
 from megatron_mmr1.kernels.head import OutputHead
@@ -65,12 +68,17 @@ def _check_rows(form: Form, vocabulary: Vocabulary, mine: slice) -> None:
     batch = make_batch(sequences=[(0, 0, 3), (0, 1, 3)], left_out=[])
     batch = batch.of_policy(targets_R, logprobs_R.nan_to_num(neginf=-9.0))
     d_logprobs_R, d_entropy_R = torch.linspace(0.5, 1.0, 6), torch.linspace(-1.0, -0.5, 6)
-    grpo = TokenGrpo(batch.rows, batch.rows.sequence_R, ALL)
     loss = (d_logprobs_R * logprobs_R)[LIVE].sum()
     for upstream, of_definition in (
         (Given(d_logprobs_R), loss),
         (Given(d_logprobs_R, d_entropy_R), loss + (d_entropy_R * entropy_R)[LIVE].sum()),
-        (grpo, batch.definition(logprobs_R, entropy_R, ALL).loss),
+        *(
+            (
+                TokenGrpo(one.rows, one.rows.sequence_R, config),
+                one.definition(logprobs_R, entropy_R, config).loss,
+            )
+            for one, config in _with_options(batch)
+        ),
     ):
         (expected,) = torch.autograd.grad(of_definition, leaf, retain_graph=True)
         stored = Stored(logits[:, mine])
@@ -83,6 +91,14 @@ def _check_rows(form: Form, vocabulary: Vocabulary, mine: slice) -> None:
         found = form.logprobs_(stored.logits, targets_R, vocabulary, needs_entropy)
         _check_values(found, (logprobs_R, entropy_R), vocabulary)
         assert (found[1] is not None) == needs_entropy and stored.is_intact_behind()
+
+
+def _with_options(batch: Batch) -> Iterator[tuple[Batch, AlgorithmConfig]]:
+    """All options of the loss at once; none of them; and a policy that has not moved."""
+    yield batch, ALL
+    yield batch, AlgorithmConfig()
+    yield batch, AlgorithmConfig(advantage_scale="none", tis_cap=1.1)
+    yield batch.with_rows(old_logprobs_R=None), AlgorithmConfig()
 
 
 def _check_values(
@@ -109,16 +125,17 @@ def _check_head(kernels: str, vocabulary: Vocabulary, mine: slice) -> None:
     logprobs_R, entropy_R = definition_of_rows(leaves[0] @ leaves[1].t(), targets_R, WHOLE)
     batch = make_batch(sequences=[(0, 0, 3), (0, 1, 3)], left_out=[])
     batch = batch.of_policy(targets_R, logprobs_R.nan_to_num(neginf=-9.0))
-    result = batch.definition(logprobs_R, entropy_R, ALL)
-    expected = torch.autograd.grad(result.loss, leaves)
     hidden_RD.requires_grad_()
     local_weight = weight[mine].clone().requires_grad_()
     output = OutputHead(local_weight, vocabulary, kernels)
-    loss, _ = output.grpo_loss(hidden_RD, batch.rows, ALL)
-    d_hidden_RD, d_local_weight = torch.autograd.grad(loss, (hidden_RD, local_weight))
-    _assert_close(loss, result.loss)
-    _assert_close(d_hidden_RD, expected[0])
-    _assert_close(d_local_weight, expected[1][mine])
+    for one, config in _with_options(batch):
+        result = one.definition(logprobs_R, entropy_R, config)
+        expected = torch.autograd.grad(result.loss, leaves, retain_graph=True)
+        loss, _ = output.grpo_loss(hidden_RD, one.rows, config)
+        d_hidden_RD, d_local_weight = torch.autograd.grad(loss, (hidden_RD, local_weight))
+        _assert_close(loss, result.loss)
+        _assert_close(d_hidden_RD, expected[0])
+        _assert_close(d_local_weight, expected[1][mine])
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:

@@ -507,4 +507,19 @@ MUTANTS = (
         'getattr(weight, "main_grad", None) if weight.requires_grad else None',
         'getattr(weight, "main_grad", None)',
     ),
+    # --- targets
+    Mutant(
+        "a target that no rank has counts as a logit of 0",
+        "closed_form.py",
+        "row",
+        "statistics_4R[2] = torch.where(is_here_R, target_R, -torch.inf)",
+        "statistics_4R[2] = torch.where(is_here_R, target_R, 0.0)",
+    ),
+    Mutant(
+        "ranks' statistics of the target are not told apart",
+        "row_kernels.py",
+        "layout",
+        "target = tl.maximum(target, tl.load(gathered + (4 * k + 2) * num_rows + r))",
+        "target = tl.load(gathered + (4 * k + 2) * num_rows + r)",
+    ),
 )

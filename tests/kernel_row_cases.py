@@ -296,6 +296,7 @@ def test_no_rows_give_nothing(form: Form):
         ({"targets": torch.zeros(4).long()}, r"targets_R \(4,\); they must be \[R, columns\]"),
         ({"targets": torch.zeros(3).int()}, r"targets_R has dtype torch\.int32; use int64"),
         ({"targets": torch.zeros(3, device="meta").long()}, r"targets_R is on meta"),
+        ({"targets": torch.zeros(6).long()[::2]}, r"targets_R has strides \(2,\), with gaps"),
         ({"num_tokens": 257}, r"num_tokens=257 is not within the 256 columns"),
         ({"num_tokens": -1}, r"num_tokens=-1 is not within the 256 columns"),
     ],
@@ -310,6 +311,27 @@ def test_logits_that_do_not_fit_are_refused(form: Form, changes: dict[str, Any],
         form.loss_gradient_(given["logits"], given["targets"], vocabulary, Given(torch.ones(3)))
 
 
+def grpo_of(options: dict[str, Any], **vectors: Tensor | None) -> TokenGrpo:
+    rows = make_batch(sequences=[(0, 0, 3)], left_out=[]).with_rows(**vectors).rows
+    return TokenGrpo(rows, rows.sequence_R, AlgorithmConfig(**options))
+
+
+@any_form
+@pytest.mark.parametrize("target", [-1, 250, 255, 1000])
+def test_a_target_that_is_no_token_is_not_finite(form: Form, target: int):
+    logits, targets_R = make_logits(2, 250), torch.tensor([7, target])
+    rows = make_batch(sequences=[(0, 0, 2)], left_out=[]).rows
+    for upstream in (Given(torch.ones(2)), TokenGrpo(rows, rows.sequence_R, ALL)):
+        stored = Stored(logits)
+        logprobs_R, _ = form.loss_gradient_(
+            stored.logits, targets_R, make_vocabulary(250), upstream
+        )
+        assert logprobs_R[0].isfinite() and logprobs_R[1] == -math.inf
+        assert stored.logits[0].any() and not stored.logits[1].any()
+    logprobs_R, _ = form.logprobs_(Stored(logits).logits, targets_R, make_vocabulary(250), False)
+    assert logprobs_R[0].isfinite() and logprobs_R[1] == -math.inf
+
+
 @any_form
 @pytest.mark.parametrize(
     ("upstream", "message"),
@@ -318,6 +340,13 @@ def test_logits_that_do_not_fit_are_refused(form: Form, changes: dict[str, Any],
         (Given(torch.ones(3).half()), r"d_logprobs_R has .*torch\.float16"),
         (Given(torch.ones(3), torch.ones(4)), r"d_entropy_R has shape \(4,\)"),
         (Given(torch.ones(3, device="meta")), r"d_logprobs_R is on meta, targets_R on cpu"),
+        (Given(torch.ones(6)[::2]), r"d_logprobs_R has strides \(2,\), with gaps"),
+        (Given(torch.ones(()).expand(3)), r"d_logprobs_R has strides \(0,\)"),
+        (grpo_of({"ratio": "sequence"}), r"algorithm\.ratio='sequence' with old_logprobs_R"),
+        (grpo_of({"ratio": "sequence", "tis_cap": 2.0}, old_logprobs_R=None), r"or tis_cap"),
+        (grpo_of({"kl_coefficient": 0.1}, ref_logprobs_R=None), r"kl_coefficient=0\.1 needs ref"),
+        (replace(grpo_of({}), start=1), r"start=1 with 3 rows of logits is not within the 3"),
+        (replace(grpo_of({}), sequence_R=torch.zeros(3)), r"sequence_R has .*torch\.float32"),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused(form: Form, upstream: Given, message: str):

@@ -261,8 +261,10 @@ def test_vectors_that_do_not_fit_are_refused(form: Form, name: str):
         replace(batch, rows=replace(batch.rows, sequences=sequences)).found(form, ALL)
     sequences = batch.rows.sequences
     for changes, message in (
-        ({"weight_S": torch.ones(2)}, r"weight_S has shape \(2,\); 1 sequences ask for \(1,\)"),
+        ({"weight_S": torch.ones(2)}, r"weight_S has shape \(2,\).* 1 sequences .*ask for \(1,\)"),
         ({"group_S2": torch.ones(1).int()}, r"group_S2 has shape \(1,\).*ask for \(1, 2\)"),
+        ({"reward_S": torch.zeros(1).long()}, r"reward_S has .*int64.*ask for .*int32"),
+        ({"rewards_N": torch.zeros(106)[::2]}, r"rewards_N has strides \(2,\), with gaps"),
         ({"offsets_S1": torch.tensor([0, 4]).int()}, "offsets_S1 ends at 4, target_ids_R at 3"),
     ):
         wrong = replace(batch.rows, sequences=replace(sequences, **changes))
@@ -271,6 +273,22 @@ def test_vectors_that_do_not_fit_are_refused(form: Form, name: str):
     ids = batch.rows.target_ids_R.int()
     with pytest.raises(ValueError, match=r"target_ids_R has .*torch\.int32"):
         batch.with_rows(target_ids_R=ids).found(form, ALL)
+
+
+@any_form
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_coefficient": 0.1}, r"algorithm\.kl_coefficient=0\.1 needs ref_logprobs_R"),
+        ({"entropy_coefficient": -0.1}, r"algorithm\.entropy_coefficient=-0\.1 is below 0"),
+        ({"tis_cap": -1.0}, r"algorithm\.tis_cap=-1\.0 is below 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(form: Form, options: dict, message: str):
+    batch = make_batch(has_ref=False)
+    batch.found(form, AlgorithmConfig())
+    with pytest.raises(ValueError, match=message):
+        batch.found(form, AlgorithmConfig(**options))
 
 
 def test_float64_vectors_are_for_the_torch_form_only():

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_mmr1 import device
+from megatron_mmr1.algorithms.grpo_loss import supervised_loss
 from megatron_mmr1.backend import batching, losses
 from megatron_mmr1.backend.layer_spec import layer_spec
 from megatron_mmr1.backend.vision import CHUNK_PATCHES, StepFeatures
@@ -196,7 +197,8 @@ def test_every_supervised_gradient_equals_hugging_face_autograd(
 ):
     folder = request.getfixturevalue(folder_name)
     model, policy = load_hf(folder), make_policy(folder)
-    loss = -torch.cat([hf_logprobs(model, sample, 1.0, ()) for sample in samples]).mean()
+    logprobs = torch.cat([hf_logprobs(model, sample, 1.0, ()) for sample in samples])
+    loss = supervised_loss(logprobs, torch.full_like(logprobs, 1 / len(logprobs)))
     loss.backward()
     step = make_step(policy, tiny_processor, samples)
     metrics = policy.train_step(step, losses.supervised(), WHOLE_SOFTMAX)

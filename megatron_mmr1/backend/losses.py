@@ -73,7 +73,8 @@ def grpo_metrics(
         "entropy/mean": found["entropy"],
         "logprob_diff/sum": found["diff_sum"],
         "tokens/compared": found["num_compared"],
-        "tokens/response": sums.new_tensor(float(len(rows.target_ids_R))),
+        # Filled on the device: a copy from the host would wait for the forward pass.
+        "tokens/response": sums.new_full((), len(rows.target_ids_R)),
         "tokens/nonfinite": found["num_nonfinite"],
     }
     if rows.old_logprobs_R is not None:
@@ -95,7 +96,7 @@ def _sequence_ratio_loss(
     """
     logprobs_R, entropy_R = head.logprobs(hidden_RD, view.rows.target_ids_R, needs_entropy=True)
     assert entropy_R is not None
-    whole_2R = logprobs_R.new_zeros(2, len(view.whole_rows.target_ids_R))
+    whole_2R = logprobs_R.new_zeros(2, len(view.whole_rows.target_ids_R))  # one message for both
     whole_2R[:, view.row_index_R] = torch.stack([logprobs_R, entropy_R])
     cp_group = parallel.cp_group()
     if cp_group.size() > 1:
@@ -143,7 +144,8 @@ def mean_of_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """Combine a batch's optimizer steps: counts and sums add up, maxima stay,
     everything else is averaged.
 
-    `logprob_diff/sum` over `tokens/compared` becomes `logprob_diff/mean`.
+    `logprob_diff/sum` over `tokens/compared` becomes `logprob_diff/mean`; the response tokens that
+    could not be compared, since a log-prob of engine or trainer is not finite, `tokens/uncompared`.
     """
     metrics: dict[str, float] = {}
     for name in steps[0]:
@@ -155,5 +157,6 @@ def mean_of_steps(steps: Sequence[dict[str, float]]) -> dict[str, float]:
         else:
             metrics[name] = sum(values) / len(values)
     num_compared = metrics.pop("tokens/compared")
+    metrics["tokens/uncompared"] = metrics["tokens/response"] - num_compared
     metrics["logprob_diff/mean"] = metrics.pop("logprob_diff/sum") / max(num_compared, 1.0)
     return metrics

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.kernels import contract
 from megatron_mmr1.kernels.contract import Given, SequenceLoss, TokenGrpo, Vocabulary
-from megatron_mmr1.kernels.sequences import check_rows
+from megatron_mmr1.kernels.sequences import check_options, check_rows
 from megatron_mmr1.types import PackedSequences, ResponseRows
 
 _MAX_LOG_RATIO = 20.0
@@ -33,6 +33,7 @@ def sequence_loss(
 ) -> SequenceLoss:
     """See `Form.sequence_loss`."""
     check_rows(rows, logprobs_R=logprobs_R, entropy_R=entropy_R)
+    check_options(rows, config)
     sequence_R = rows.sequence_R.long()
     terms = _token_terms(logprobs_R, entropy_R, rows, sequence_R, config)
     weights_R, used_R = terms.weights_R, terms.is_used_R
@@ -161,7 +162,7 @@ def _statistics_(
             statistics_4R[3, part] = exp_RV.mul_(below_RV.clamp_(min=_NOTHING)).sum(1)
     is_here_R, column_R = _target_columns(targets_R, vocabulary)
     target_R = local_logits.gather(1, column_R.unsqueeze(1)).squeeze(1).to(dtype) / temperature
-    statistics_4R[2] = torch.where(is_here_R, target_R, 0.0)
+    statistics_4R[2] = torch.where(is_here_R, target_R, -torch.inf)
     return statistics_4R
 
 

@@ -13,7 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mmr1.config.schema import AlgorithmConfig
-from megatron_mmr1.kernels.sequences import check_rows, check_vector
+from megatron_mmr1.kernels.sequences import (
+    check_options,
+    check_place,
+    check_rows,
+    check_vector,
+)
 from megatron_mmr1.types import ResponseRows
 
 ROW_MULTIPLE = 16  # elements: rows of the logits begin at multiples of it, for 128-bit accesses
@@ -32,8 +37,9 @@ SUMS = (
     "diff_max",
 )
 # A row's statistics of a tensor-parallel rank, in this order: the largest scaled logit, the sum of
-# exp(scaled - largest), the target's scaled logit (0 where another rank has it), and the sum of
-# exp(scaled - largest) * (scaled - largest), which the entropy needs.
+# exp(scaled - largest), the target's scaled logit (-inf where this rank has it not: a token that no
+# rank has is not finite), and the sum of exp(scaled - largest) * (scaled - largest), which the
+# entropy needs.
 STATISTICS = ("highest", "total", "target", "spread")
 
 
@@ -180,11 +186,7 @@ def check_logits(local_logits: Tensor, targets_R: Tensor, vocabulary: Vocabulary
         raise ValueError(f"local_logits has dtype {local_logits.dtype}; use bfloat16 or float32")
     if targets_R.dtype != torch.int64:
         raise ValueError(f"targets_R has dtype {targets_R.dtype}; use int64")
-    if targets_R.device != local_logits.device:
-        raise ValueError(
-            f"targets_R is on {targets_R.device}, local_logits on {local_logits.device}; move them "
-            "to one device"
-        )
+    check_place("targets_R", targets_R, local_logits.device, "local_logits")
     if not 0 <= vocabulary.num_tokens <= local_logits.shape[1]:
         raise ValueError(
             f"num_tokens={vocabulary.num_tokens} is not within the {local_logits.shape[1]} columns "
@@ -212,6 +214,17 @@ def check_upstream(upstream: Given | TokenGrpo, targets_R: Tensor) -> None:
     """
     if isinstance(upstream, TokenGrpo):
         check_rows(upstream.rows)
+        check_options(upstream.rows, upstream.config)
+        check_vector(
+            *("sequence_R", upstream.sequence_R, torch.int32),
+            *(upstream.rows.target_ids_R, "target_ids_R"),
+        )
+        moves = upstream.rows.old_logprobs_R is not None or upstream.config.tis_cap != 0
+        if upstream.config.ratio == "sequence" and moves:
+            raise ValueError(
+                "algorithm.ratio='sequence' with old_logprobs_R or tis_cap gives a row a gradient "
+                "that depends on other chunks; use sequence_loss, and its gradients as given ones"
+            )
         num_rows, total = len(targets_R), len(upstream.rows.target_ids_R)
         if not 0 <= upstream.start <= total - num_rows:
             raise ValueError(
@@ -257,5 +270,5 @@ def combine_statistics(gathered_K4R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_total_R = total_R.log()
     spread_R = (scale_KR * (spread_KR + shift_KR * total_KR)).sum(0)
     log_denominator_R = log_total_R + highest_R
-    logprobs_R = target_KR.sum(0) - log_denominator_R
+    logprobs_R = target_KR.amax(0) - log_denominator_R
     return logprobs_R, log_total_R - spread_R / total_R, log_denominator_R

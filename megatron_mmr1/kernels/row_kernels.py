@@ -96,7 +96,9 @@ def _target_column(target, first, num_tokens):
     return column, (column >= 0) & (column < num_tokens)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_banned"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_banned"], do_not_specialize_on_alignment=["targets_R"]
+)
 def statistics_kernel(
     logits,
     targets_R,
@@ -120,7 +122,8 @@ def statistics_kernel(
     row = logits + r.to(tl.int64) * row_stride
     _ban(row, banned, num_banned)
     column, is_here = _target_column(tl.load(targets_R + r), first, num_tokens)
-    target = tl.load(row + column, mask=is_here, other=0.0).to(tl.float32) * (scale * LN_2)
+    target = tl.load(row + column, mask=is_here, other=-float("inf"))
+    target = target.to(tl.float32) * (scale * LN_2)
     highest, total, spread = _row_statistics(row, num_tokens, num_columns, scale, BLOCK, HAS_SPREAD)
     tl.store(statistics + r, highest * (scale * LN_2))
     tl.store(statistics + num_rows + r, total)
@@ -135,14 +138,14 @@ def _combine(gathered, r, num_rows, NUM_RANKS: tl.constexpr):
     for k in tl.static_range(NUM_RANKS):  # pyright: ignore
         highest = tl.maximum(highest, tl.load(gathered + (4 * k) * num_rows + r))
     total = 0.0
-    target = 0.0
+    target = -float("inf")
     spread = 0.0
     for k in tl.static_range(NUM_RANKS):  # pyright: ignore
         shift = tl.load(gathered + (4 * k) * num_rows + r) - highest
         factor = tl.exp(shift)
         part = tl.load(gathered + (4 * k + 1) * num_rows + r)
         total += factor * part
-        target += tl.load(gathered + (4 * k + 2) * num_rows + r)
+        target = tl.maximum(target, tl.load(gathered + (4 * k + 2) * num_rows + r))
         spread += factor * (tl.load(gathered + (4 * k + 3) * num_rows + r) + shift * part)
     return highest, total, target, spread
 
@@ -208,7 +211,13 @@ def _gradient(x, scale, log2_denominator, a, b, HAS_ENTROPY: tl.constexpr):
     return p * a
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_banned", "first_row"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_banned", "first_row"],
+    do_not_specialize_on_alignment=[
+        *("targets_R", "given_logprobs_R", "given_entropy_R", "sequence_R"),
+        *("old_R", "rollout_R", "ref_R"),
+    ],
+)
 def gradient_kernel(
     logits,
     targets_R,
@@ -263,7 +272,8 @@ def gradient_kernel(
     if gathered is None:
         _ban(row, banned, num_banned)
         # Read by all threads, so before the barrier of the first reduction: they write later.
-        target = tl.load(row + column, mask=is_here, other=0.0).to(tl.float32) * (scale * LN_2)
+        target = tl.load(row + column, mask=is_here, other=-float("inf"))
+        target = target.to(tl.float32) * (scale * LN_2)
         top, total, spread = _row_statistics(
             row, num_tokens, num_columns, scale, BLOCK, entropy_R is not None
         )

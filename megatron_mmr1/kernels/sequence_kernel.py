@@ -27,7 +27,11 @@ SUM_COLUMNS = tl.constexpr(16)
 SUM_ROWS = tl.constexpr(64)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+# Vectors may be views of others: one compilation, wherever in memory they begin.
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=["logprobs_R", "entropy_R", "old_R", "rollout_R", "ref_R"],
+)
 def sequence_kernel(
     logprobs_R,
     entropy_R,

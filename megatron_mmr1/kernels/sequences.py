@@ -6,12 +6,12 @@ S sequences, R response tokens (rows), N rewards, P groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from megatron_mmr1.config.schema import AlgorithmConfig
 from megatron_mmr1.types import PackedSequences, ResponseRows
 
 
@@ -111,18 +111,22 @@ def check_rows(rows: ResponseRows, **others: Tensor | None) -> None:
             check_vector(name, tensor, dtype, rows.target_ids_R, "target_ids_R")
     sequences = rows.sequences
     num_sequences = len(sequences.sample_S)
-    for name, values, shape in (
-        ("offsets_S1", sequences.offsets_S1, (num_sequences + 1,)),
-        ("weight_S", sequences.weight_S, (num_sequences,)),
-        ("reward_S", sequences.reward_S, (num_sequences,)),
-        ("group_S2", sequences.group_S2, (num_sequences, 2)),
+    num_rewards = len(sequences.rewards_N)
+    for name, shape, dtype in (
+        ("offsets_S1", (num_sequences + 1,), torch.int32),
+        ("sample_S", (num_sequences,), torch.int64),
+        ("weight_S", (num_sequences,), torch.float32),
+        ("reward_S", (num_sequences,), torch.int32),
+        ("group_S2", (num_sequences, 2), torch.int32),
+        ("rewards_N", (num_rewards,), torch.float32),
     ):
-        if values.shape != shape:
+        values = getattr(sequences, name)
+        if values.shape != shape or values.dtype != dtype:
             raise ValueError(
-                f"{name} has shape {tuple(values.shape)}; {num_sequences} sequences ask for {shape}"
+                f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}; "
+                f"{num_sequences} sequences and {num_rewards} rewards ask for {shape} and {dtype}"
             )
-    for field in fields(sequences):
-        _check_device(field.name, getattr(sequences, field.name), device)
+        check_place(name, values, device)
     if device.type == "cpu" and int(sequences.offsets_S1[-1]) != num_rows:
         raise ValueError(
             f"offsets_S1 ends at {int(sequences.offsets_S1[-1])}, target_ids_R at {num_rows}; "
@@ -144,13 +148,38 @@ def check_vector(
             f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; {like_name} asks "
             f"for {tuple(like_R.shape)} and {dtype}"
         )
-    _check_device(name, tensor, like_R.device, like_name)
+    check_place(name, tensor, like_R.device, like_name)
 
 
-def _check_device(
+def check_place(
     name: str, tensor: Tensor, device: torch.device, like_name: str = "target_ids_R"
 ) -> None:
+    """Check where a tensor lies: on the device, and without gaps, as kernels read it.
+
+    Raises:
+        ValueError: names the tensor, what it has, and what it should have.
+    """
     if tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device}, {like_name} on {device}; move them to one device"
         )
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}, with gaps; pass {name}.contiguous()"
+        )
+
+
+def check_options(rows: ResponseRows, config: AlgorithmConfig) -> None:
+    """Check that the loss has what its options need.
+
+    Raises:
+        ValueError: names the key, its value and the remedy.
+    """
+    if config.kl_coefficient and rows.ref_logprobs_R is None:
+        raise ValueError(
+            f"algorithm.kl_coefficient={config.kl_coefficient} needs ref_logprobs_R; give them or "
+            "set it to 0"
+        )
+    for key in ("dual_clip", "tis_cap", "kl_coefficient", "entropy_coefficient"):
+        if not getattr(config, key) >= 0:
+            raise ValueError(f"algorithm.{key}={getattr(config, key)} is below 0; use 0 or more")

@@ -18,7 +18,7 @@ from megatron_mmr1.kernels import contract
 from megatron_mmr1.kernels.contract import Given, SequenceLoss, TokenGrpo, Vocabulary
 from megatron_mmr1.kernels.row_kernels import LOG2_E, gradient_kernel, statistics_kernel
 from megatron_mmr1.kernels.sequence_kernel import sequence_kernel
-from megatron_mmr1.kernels.sequences import check_rows
+from megatron_mmr1.kernels.sequences import check_options, check_rows
 from megatron_mmr1.types import ResponseRows
 
 SEQUENCE_BLOCK, SEQUENCE_WARPS = 256, 8
@@ -35,6 +35,7 @@ def sequence_loss(
 ) -> SequenceLoss:
     """See `Form.sequence_loss`."""
     check_rows(rows, logprobs_R=logprobs_R, entropy_R=entropy_R)
+    check_options(rows, config)
     _refuse_float64(logprobs_R=logprobs_R, entropy_R=entropy_R, **_vectors(rows))
     sequences, num_sequences = rows.sequences, len(rows.sequences.sample_S)
     d_logprobs_R = torch.empty_like(logprobs_R)

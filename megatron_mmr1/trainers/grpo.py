@@ -23,6 +23,7 @@ from megatron_mmr1.sampling.statistics import prompt_stats
 from megatron_mmr1.trainers.exchange import all_groups
 from megatron_mmr1.trainers.reporting import Recorder, export_model
 from megatron_mmr1.trainers.setup import Parts, build_parts
+from megatron_mmr1.trainers.trust import stop_if_untrustworthy
 from megatron_mmr1.types import ScoredGroup, StepBatch
 
 
@@ -104,7 +105,7 @@ def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> d
             for step, (_, plan) in zip(frozen, built, strict=True)
         ]
     )
-    _stop_if_untrustworthy(metrics, config)
+    stop_if_untrustworthy(metrics, config.rollout.max_logprob_diff)
     return metrics
 
 
@@ -126,21 +127,6 @@ def _with_frozen_logprobs(step: StepBatch, config: GrpoConfig, parts: Parts) -> 
     if config.algorithm.kl_coefficient > 0:
         step = batching.with_logprobs(step, ref=parts.policy.reference_logprobs(step, parts.rule))
     return step
-
-
-def _stop_if_untrustworthy(metrics: dict[str, float], config: GrpoConfig) -> None:
-    if metrics["tokens/nonfinite"] > 0:
-        raise RuntimeError(
-            f"{metrics['tokens/nonfinite']:.0f} response tokens have a log-prob that is not "
-            "finite: the run has diverged; resume from a checkpoint with a lower optimizer.lr"
-        )
-    if not metrics["logprob_diff/mean"] <= config.rollout.max_logprob_diff:  # NaN stops it too
-        raise RuntimeError(
-            "the trainer's and the engine's log-probs differ by "
-            f"{metrics['logprob_diff/mean']:.2e} on average, above "
-            f"rollout.max_logprob_diff={config.rollout.max_logprob_diff:g}: they don't hold "
-            "the same model; raise the bound only if the precision explains it"
-        )
 
 
 def _evaluate(config: GrpoConfig, parts: Parts) -> dict[str, float]:

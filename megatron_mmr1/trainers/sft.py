@@ -16,6 +16,7 @@ from megatron_mmr1.observability.metrics import MetricsWriter
 from megatron_mmr1.observability.progress import SFT_FIELDS, Progress
 from megatron_mmr1.sampling import build_sampler
 from megatron_mmr1.trainers.reporting import export_model, report_bad_rows
+from megatron_mmr1.trainers.trust import stop_if_not_finite
 from megatron_mmr1.types import StepBatch
 
 _WHOLE_SOFTMAX = SoftmaxRule(temperature=1.0, banned_token_ids=())
@@ -50,6 +51,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
             start = time.perf_counter()
             batch, measured = _build(sampler.next_batch(), dataset, builder)
             metrics = policy.train_step(batch, loss, _WHOLE_SOFTMAX) | measured
+            stop_if_not_finite(metrics)
             seconds = time.perf_counter() - start
             num_tokens = metrics.pop("tokens")
             metrics |= {"tokens_per_s": num_tokens / seconds, "time/step_s": seconds}

@@ -101,7 +101,8 @@ class SequencePath:
         config.ratio = self.ratio
         rows = rows_of(size, config, has_old=self.has_old)
         num_rows = len(rows.target_ids_R)
-        triton_form.sequence_loss(torch.zeros(num_rows), torch.ones(num_rows), rows, config)
+        values_2R = torch.ones(2, num_rows)  # the second one begins anywhere, as in the trainer
+        triton_form.sequence_loss(values_2R[0], values_2R[1], rows, config)
 
 
 Path = RowPath | SequencePath
@@ -136,13 +137,14 @@ def rows_of(size: Size, config: AlgorithmConfig, *, has_old: bool) -> ResponseRo
         group_offsets=[0, size.num_rewards],
         rewards_N=torch.arange(size.num_rewards, dtype=torch.float32),
     )
-    zeros_R = torch.zeros(num_rows)
+    # Parts of longer vectors, as the policy's frozen log-probs are.
+    old_R, ref_R, rollout_R = torch.zeros(3 * num_rows).split(num_rows)
     return ResponseRows(
         target_ids_R=torch.zeros(num_rows, dtype=torch.int64),
-        rollout_logprobs_R=zeros_R,
+        rollout_logprobs_R=rollout_R,
         sequences=sequences,
-        old_logprobs_R=zeros_R.clone() if has_old else None,
-        ref_logprobs_R=zeros_R.clone() if config.kl_coefficient else None,
+        old_logprobs_R=old_R if has_old else None,
+        ref_logprobs_R=ref_R if config.kl_coefficient else None,
     )
 
 
