@@ -172,11 +172,11 @@ def test_a_draw_leaves_every_node_as_it_was(size, with_replacement):
 @pytest.mark.parametrize("size", SIZES)
 def test_updates_give_the_tree_that_is_built_anew(size):
     rng = np.random.default_rng(size)
-    tree = WeightTree(rng.random(size))
+    expected = rng.random(size)
+    tree = WeightTree(expected)
     for _ in range(50):
         indices = rng.integers(size, size=rng.integers(1, 2 * size + 1))  # some twice
         values = rng.random(len(indices)) * (rng.random(len(indices)) < 0.8)
-        expected = tree.weights.copy()
         for index, value in zip(indices, values, strict=True):
             expected[index] = value  # the last one counts
         tree.set(indices, values)

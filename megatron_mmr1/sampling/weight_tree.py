@@ -221,7 +221,7 @@ def _descend(nodes: np.ndarray, starts: np.ndarray, target: float) -> int:
         first = starts[level] + 8 * node
         rest, chosen = target, -1
         for child in range(8):
-            weight: float = nodes[first + child]
+            weight = float(nodes[first + child])
             if weight > 0.0:
                 target, chosen = rest, child
                 if rest < weight:
