@@ -37,7 +37,9 @@ def load_config[T](schema: type[T], group: str, argv: list[str]) -> T:
     Args:
         schema: a dataclass of config/schema.py.
         group: a folder of hydra_conf/ whose files are the experiments that `experiment=NAME`
-            chooses from (default: digits), or the name of a single file there.
+            chooses from (default: digits), or the name of a single file there. A folder that is
+            named as a section of the schema holds presets of it, as in `sampler=paper_table_6`;
+            they come after the experiment and before single keys.
         argv: the command line without the program's name.
 
     Returns:
@@ -57,7 +59,8 @@ def load_config[T](schema: type[T], group: str, argv: list[str]) -> T:
         name = chosen[-1] if chosen else DEFAULT_EXPERIMENT
         if name not in known:
             raise ValueError(f"experiment={name!r} is unknown; use one of: {', '.join(known)}")
-    config = _compose(schema, f"{group}/{name}" if name else group, overrides)
+    presets, overrides = _presets(schema, overrides)
+    config = _compose(schema, f"{group}/{name}" if name else group, presets, overrides)
     if name:
         config.experiment = name
     if wants_help:
@@ -107,8 +110,24 @@ def run_main(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
 
 
-def _compose(schema: type, config_name: str, overrides: list[str]) -> Any:
-    """Merge schema, the YAML file and the overrides into a structured DictConfig."""
+def _presets(schema: type, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Tell apart SECTION=NAME of a preset file; return the files, and the other overrides."""
+    sections = [key for key, kind in _types(schema).items() if kind == "section"]
+    presets, others = [], []
+    for override in overrides:
+        section, _, name = override.partition("=")
+        known = experiments(section) if section in sections else []
+        if known and not name.startswith("{"):
+            if name not in known:
+                raise ValueError(f"{section}={name!r} is unknown; use one of: {', '.join(known)}")
+            presets.append(f"{section}/{name}@{section}")
+        else:
+            others.append(override)
+    return presets, others
+
+
+def _compose(schema: type, config_name: str, presets: list[str], overrides: list[str]) -> Any:
+    """Merge schema, the YAML files and the overrides into a structured DictConfig."""
     import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -119,7 +138,8 @@ def _compose(schema: type, config_name: str, overrides: list[str]) -> Any:
         _check_override(override, known_keys)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
-    store.store(name="main", node={"defaults": ["schema", f"{config_name}@_global_", "_self_"]})
+    files = ["schema", f"{config_name}@_global_", *presets, "_self_"]
+    store.store(name="main", node={"defaults": files})
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose("main", overrides=overrides)
@@ -202,10 +222,11 @@ def _types(schema: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _help(known: list[str], config: Any) -> str:
-    choice = "[experiment=NAME] " if known else ""
+    choice = "[experiment=NAME] [sampler=NAME] " if known else ""
     lines = [f"usage: {Path(sys.argv[0]).name} {choice}[key=value ...]"]
     if known:
         lines.append(f"experiments: {', '.join(known)} (default: {DEFAULT_EXPERIMENT})")
+        lines.append(f"samplers: {', '.join(experiments('sampler'))} (default: posterior)")
     lines += ["", "Every key, with the value it has here (??? must be given):", ""]
     return "\n".join(lines) + "\n" + OmegaConf.to_yaml(config).rstrip()
 

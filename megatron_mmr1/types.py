@@ -1,7 +1,7 @@
 """The values that flow through one training step. Small, frozen, and free of behaviour.
 
 Letters used in names: P prompts, G responses a prompt, N = P*G sequences, S sequence length in
-tokens, V vocabulary, I images. Group membership is the `prompt_id`, never a row position.
+tokens, V vocabulary, I images. Group membership is the prompt's `key`, never a row position.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 FinishReason = Literal["stop", "length"]
 Outcome = Literal["correct", "wrong", "could_not_judge"]
+GroupKey = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Prompt:
     fed to rollout and training alike.
 
     Attributes:
-        prompt_id: unique in its data set; the GRPO group's name.
+        prompt_id: unique in its data set.
         token_ids: int64 [S], chat template applied, image placeholders expanded.
         position_ids: int64 [3, S], multimodal rotary positions (temporal, height, width). All three
             count from 0 where the model has only one kind.
@@ -32,6 +33,8 @@ class Prompt:
         answer: the gold answer.
         category: what the data set calls this kind of question ("" when it has no name for it).
         images: the encoded image files, for the report's table (not for the model).
+        occurrence: which of a step's draws of this prompt it is; each has random numbers of its
+            own.
     """
 
     prompt_id: str
@@ -43,6 +46,12 @@ class Prompt:
     category: str = ""
     question: str = ""
     images: tuple[bytes, ...] = ()
+    occurrence: int = 0
+
+    @property
+    def key(self) -> GroupKey:
+        """Names a GRPO group within a step."""
+        return self.prompt_id, self.occurrence
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +130,6 @@ class ScoredGroup:
 
     group: RolloutGroup
     scores: tuple[ScoredRollout, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PromptStats:
-    """What one training group taught about its prompt; plain numbers,
-    so that ranks can exchange them.
-
-    Attributes:
-        num_correct, num_judged: verdict counts (could_not_judge is in neither).
-        diversity: TDS in [0, 1], 1 = the responses share no n-gram.
-    """
-
-    prompt_id: str
-    num_correct: int
-    num_judged: int
-    diversity: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ def size_of(sample: Sample) -> SampleSize:
     """Measure a sample; its pixels are not needed."""
     grid = sample.prompt.image_grid_thw
     return SampleSize(
-        sample.prompt.prompt_id,
+        sample.prompt.key,
         len(sample.prompt.token_ids),
         len(sample.response_token_ids),
         () if grid is None else tuple(grid.prod(-1).tolist()),

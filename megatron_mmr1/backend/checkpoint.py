@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -73,7 +74,7 @@ class Checkpoints:
             dist_checkpointing.save(state, str(partial / "megatron"))
         torch.save(_rng_state(), partial / f"rng_{dist.get_rank()}.pt")
         if parallel.is_main():
-            torch.save(trainer_state, partial / "trainer.pt")
+            torch.save(_with_tensors(trainer_state), partial / "trainer.pt")
             shutil.copy2(self._run_dir / "config.yaml", partial / "config.yaml")
         parallel.barrier()
         if parallel.is_main():
@@ -110,7 +111,7 @@ class Checkpoints:
         same_ranks = len(list(folder.glob("rng_*.pt"))) == dist.get_world_size()
         rng_file = folder / f"rng_{dist.get_rank() if same_ranks else 0}.pt"
         _restore_rng_state(torch.load(rng_file, weights_only=True))
-        return torch.load(folder / "trainer.pt", weights_only=True)
+        return _with_arrays(torch.load(folder / "trainer.pt", weights_only=True))
 
     def _steps(self) -> list[int]:
         folders = self._root.glob("step_*")
@@ -159,3 +160,25 @@ def _restore_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if device.has_gpu():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _with_tensors(value: Any) -> Any:
+    """Turn arrays into tensors, which a file can hold that is read without pickle."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, dict):
+        return {key: _with_tensors(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_tensors(part) for part in value)
+    return value
+
+
+def _with_arrays(value: Any) -> Any:
+    """The way back."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {key: _with_arrays(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_arrays(part) for part in value)
+    return value

@@ -10,6 +10,7 @@ import socket
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as distributed_c10d
@@ -181,6 +182,14 @@ def gather_over_world(items: list[Any]) -> list[Any]:
     shares: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(shares, items)
     return [item for share in shares for item in share]
+
+
+def gather_array(values: np.ndarray) -> np.ndarray:
+    """Return every rank's float64 array of one shape, [ranks, *shape], in rank order."""
+    mine = torch.from_numpy(values).to(device.device())
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).cpu().numpy()
 
 
 def broadcast_from_main(value: Any) -> Any:

@@ -17,6 +17,7 @@ from megatron_mmr1.algorithms.grpo_loss import loss_counts
 from megatron_mmr1.backend.packing import StepCost, balance, first_fit_decreasing, pad_to
 from megatron_mmr1.config.layout import sequence_multiple, total_multiple
 from megatron_mmr1.config.schema import ParallelConfig
+from megatron_mmr1.types import GroupKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +25,15 @@ class SampleSize:
     """What the plan knows of a sample.
 
     Attributes:
-        prompt_id: samples of one prompt stay on one data-parallel rank, so that its images are
-            encoded once.
+        key: of the prompt; the samples of a GRPO group stay on one data-parallel rank, so that its
+            images are encoded once.
         num_prompt_tokens, num_response_tokens: in tokens, visual ones included.
         patches: of each image of the prompt.
         reward: NaN = could not judge: such a sample carries no loss and counts in no denominator.
             0 where nothing is rewarded (cold start).
     """
 
-    prompt_id: str
+    key: GroupKey
     num_prompt_tokens: int
     num_response_tokens: int
     patches: tuple[int, ...]
@@ -124,9 +125,9 @@ def plan_step(
     Raises:
         ValueError: a sample is longer than a micro-batch.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[GroupKey, list[int]] = {}
     for index, size in enumerate(sizes):
-        groups.setdefault(size.prompt_id, []).append(index)
+        groups.setdefault(size.key, []).append(index)
     members = list(groups.values())
     costs = [_group_cost([sizes[i] for i in group], cost) for group in members]
     shares = balance(costs, dp_size)

@@ -68,17 +68,33 @@ class DataConfig:
 
 @dataclass
 class SamplerConfig:
-    """Who is drawn next. `kind` is a name in sampling.SAMPLERS.
+    """Who is drawn next. `sampler=NAME` takes a preset of hydra_conf/sampler/; these are "posterior".
 
-    mixture_ratio is the paper's lambda; alpha and beta weigh OVS and TDS in the VPS; scores are
-    renewed from training rollouts every `update_every` steps.
+    Lambda is `mixture_ratio`: the share of a batch that is drawn by score.
     """
 
-    kind: str = "vas"  # vas | uniform
+    preset: str = "posterior"  # the preset's name; for records
+    # posterior | refresh (the paper's Algorithm 1) | released_code: sampling/estimators.py
+    estimator: str = "posterior"
+    score: str = "mixed"  # of a posterior: vps | variance | mixed | calibrated
+    thompson: bool = False  # of a pass rate drawn from the posterior
+    power: float = 2.0  # of a posterior's score
+    alpha: float = 0.8  # of OVS in the VPS
+    beta: float = 0.2  # of TDS
+    diversity: str = "self_bleu"  # self_bleu | distinct_n | edit_distance
+    update_every: int = 4  # steps; at the end of each epoch besides
+    scoring_rollouts: int = 0  # a prompt, for estimators that ask for them
     mixture_ratio: float = 0.5
-    alpha: float = 0.8
-    beta: float = 0.2
-    update_every: int = 4
+    final_mixture_ratio: float | None = None  # reached at the last step, linearly
+    with_replacement: bool = False  # inside the scored half of a batch
+    floor: float = 0.05  # share of the scored draws that all prompts have alike
+    # Whose prompts share a prior: record (source, image count, length) | category | global
+    prior: str = "record"
+    discount: float = 0.97  # of a response, a policy version
+    prior_discount: float = 0.9  # of a group's share of its prior
+    # Dynamic sampling (DAPO): groups without variance are dropped, and the batch is filled up by at
+    # most so many further draws.
+    max_refills: int = 0
 
 
 @dataclass

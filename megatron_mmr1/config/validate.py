@@ -64,7 +64,7 @@ def validate(config: GrpoConfig, world_size: int) -> None:
         _check_replay(Path(config.replay), config.num_steps)
     _check_run(config.seed, config.num_steps)
     _check_model(config.model)
-    _check_sampler(config.sampler)
+    _check_sampler(config.sampler, config.rollout.group_size)
     _check_training_rollout(config.rollout)
     _check_reward(config.reward)
     _check_algorithm(config.algorithm)
@@ -273,16 +273,45 @@ def _check_optimizer(config: OptimizerConfig, num_optimizer_steps: int) -> None:
     _at_least("optimizer.max_grad_norm", config.max_grad_norm, 0)
 
 
-def _check_sampler(config: SamplerConfig) -> None:
-    _choice("sampler.kind", config.kind, ("vas", "uniform"))
-    _require(
-        0 <= config.mixture_ratio <= 1,
-        "sampler.mixture_ratio",
-        config.mixture_ratio,
-        "is no share of a batch; use 0 to 1",
-    )
+def _check_sampler(config: SamplerConfig, group_size: int) -> None:
+    _choice("sampler.estimator", config.estimator, ("posterior", "refresh", "released_code"))
+    _choice("sampler.score", config.score, ("vps", "variance", "mixed", "calibrated"))
+    _choice("sampler.diversity", config.diversity, ("self_bleu", "distinct_n", "edit_distance"))
+    _choice("sampler.prior", config.prior, ("record", "category", "global"))
+    for key in ("mixture_ratio", "final_mixture_ratio", "floor"):
+        value = getattr(config, key)
+        _require(
+            value is None or 0 <= value <= 1, f"sampler.{key}", value, "is no share; use 0 to 1"
+        )
+    for key in ("discount", "prior_discount"):
+        value = getattr(config, key)
+        _require(0 < value <= 1, f"sampler.{key}", value, "is not above 0 and at most 1; use 0.97")
     _not_both_zero("sampler.alpha", config.alpha, "sampler.beta", config.beta)
+    _positive("sampler.power", config.power)
     _at_least("sampler.update_every", config.update_every, 1)
+    _at_least("sampler.max_refills", config.max_refills, 0)
+    if config.estimator == "posterior":
+        _require(
+            config.scoring_rollouts == 0,
+            "sampler.scoring_rollouts",
+            config.scoring_rollouts,
+            "is for sampler.estimator=refresh; a posterior learns from training rollouts: use 0",
+        )
+        _require(
+            not (config.thompson and config.score == "calibrated"),
+            "sampler.thompson",
+            config.thompson,
+            "has no pass rate to draw with sampler.score=calibrated; use vps, variance or mixed",
+        )
+    else:
+        _at_least("sampler.scoring_rollouts", config.scoring_rollouts, 2)
+    needs_pairs = config.estimator == "posterior" and config.mixture_ratio > 0
+    _require(
+        group_size > 1 or not needs_pairs,
+        "rollout.group_size",
+        group_size,
+        "makes no group that can be mixed; use 2 or more, or sampler=uniform",
+    )
 
 
 def _check_training_rollout(config: RolloutConfig) -> None:

@@ -61,7 +61,7 @@ class _ParquetRows:
     """
 
     required_columns: tuple[str, ...]
-    optional_columns = ("id", "category")
+    optional_columns = ("id", "category", "source")
     limit: str  # what a message calls `max_tokens`
 
     def __init__(
@@ -92,6 +92,7 @@ class _ParquetRows:
         self._rows: list[int] = []
         self.prompt_ids: list[str] = []
         self.categories: list[str] = []
+        self.sources: list[str] = []
         self.sizes: list[RowSize] = []
         self._check_rows(max_tokens)
         self._index_of = {prompt_id: index for index, prompt_id in enumerate(self.prompt_ids)}
@@ -112,7 +113,7 @@ class _ParquetRows:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.path} is not a parquet file ({error})") from error
         allowed = {*self.required_columns, *self.optional_columns}
-        expected = f"expected {', '.join(self.required_columns)}, and optionally id, category"
+        expected = f"expected {', '.join(self.required_columns)}, and optionally id, category, source"
         for column in self.required_columns:
             if column not in table.column_names:
                 raise ValueError(
@@ -140,6 +141,7 @@ class _ParquetRows:
             self._rows.append(number)
             self.prompt_ids.append(row["id"])
             self.categories.append(row["category"])
+            self.sources.append(row.get("source") or "")
             self.sizes.append(size)
         if not self._rows:
             reasons = Counter(bad.reason for bad in self.bad_rows).most_common(3)
@@ -215,10 +217,10 @@ class PromptDataset(_ParquetRows, Dataset[Prompt]):
     """Questions with a gold answer, in MMR1-RL's schema: `problem`, `answer`, `images`.
 
     `images` is a list of {bytes, path}; `problem` has one `<image>` for each. Optional columns:
-    `id` and `category`.
+    `id`, `category` and `source`.
 
     Attributes:
-        prompt_ids, categories, sizes: of the usable rows, in the order of the indices.
+        prompt_ids, categories, sources, sizes: of the usable rows, in the order of the indices.
         bad_rows: what was set aside, and why.
     """
 

@@ -26,8 +26,8 @@ def generate_and_judge(
     """
     for group in engine.generate(prompts, sampling):
         verifier.submit(group)
-    by_id = {scored.group.prompt.prompt_id: scored for scored in verifier.results()}
-    return [by_id[prompt.prompt_id] for prompt in prompts]
+    by_key = {scored.group.prompt.key: scored for scored in verifier.results()}
+    return [by_key[prompt.key] for prompt in prompts]
 
 
 def judged(groups: Sequence[ScoredGroup]) -> list[Judged]:

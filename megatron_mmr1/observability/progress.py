@@ -34,6 +34,7 @@ class Progress:
         fields: which metrics are shown, and how; `GRPO_FIELDS` or `SFT_FIELDS`.
         console: where to write; standard output by default.
         is_quiet: show nothing (ranks other than 0).
+        is_brief: inside another one: no bar, and a line whenever a tenth is done.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Progress:
         fields: Mapping[str, tuple[str, str]] = GRPO_FIELDS,
         console: Console | None = None,
         is_quiet: bool = False,
+        is_brief: bool = False,
     ) -> None:
         self._total, self._initial, self._step, self._title = total, initial, initial, title
         self._fields = fields
@@ -59,7 +61,8 @@ class Progress:
             expand=True,
         )
         self._task = self._bar.add_task(title, total=total, completed=initial, clock="")
-        is_live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._is_brief = is_brief
+        is_live = self._console.is_terminal and not self._console.is_dumb_terminal and not is_brief
         self._live = Live(console=self._console, get_renderable=self._render) if is_live else None
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -69,7 +72,10 @@ class Progress:
             value = metrics.get(key)
             if value is not None:
                 self._shown[label] = form.format(value) if math.isfinite(value) else "-"
-        if self._live is None:
+        if self._is_brief:
+            if step * 10 // self._total > (step - 1) * 10 // self._total:
+                self._print(f"{self._title}: {step / self._total:.0%}  {self._clock()}")
+        elif self._live is None:
             width = len(str(self._total))
             self._print(f"step {step:{width}}/{self._total}  {self._summary()}  {self._clock()}")
 

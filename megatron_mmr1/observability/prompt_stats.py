@@ -19,10 +19,13 @@ SCHEMA = pa.schema(
         ("step", pa.int64()),
         ("prompt_id", pa.string()),
         ("category", pa.string()),
-        ("pass_rate", pa.float64()),  # NaN: never visited
+        ("pass_rate", pa.float64()),  # believed; NaN: nothing is known
+        ("posterior_a", pa.float64()),  # Beta(a, b) of the pass rate; NaN: no posterior
+        ("posterior_b", pa.float64()),
         ("ovs", pa.float64()),
         ("tds", pa.float64()),
         ("vps", pa.float64()),
+        ("weight", pa.float64()),  # the score in force: draws are in proportion to it
         ("draws", pa.int64()),
         ("age", pa.int64()),  # steps since the last visit
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,25 @@ def rollouts_path(run_dir: Path | str, step: int) -> Path:
     return Path(run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
 
 
-def write_rollouts(run_dir: Path | str, step: int, groups: list[ScoredGroup]) -> None:
-    """Write the step's groups; the file appears complete or not at all."""
+def write_rollouts(
+    run_dir: Path | str,
+    step: int,
+    groups: Sequence[ScoredGroup],
+    discarded: Sequence[ScoredGroup] = (),
+) -> None:
+    """Write the step's groups; the file appears complete or not at all.
+
+    Args:
+        discarded: generated for the step, and not trained on.
+    """
     with (
         replacing(rollouts_path(run_dir, step)) as temporary,
         temporary.open("w", encoding="ascii", newline="\n") as file,
     ):
-        for group in groups:
-            file.write(json.dumps(group_record(step, group), allow_nan=False) + "\n")
+        for kept, is_discarded in ((groups, False), (discarded, True)):
+            for group in kept:
+                record = group_record(step, group) | {"is_discarded": is_discarded}
+                file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def iter_rollouts(run_dir: Path | str, step: int) -> Iterator[dict[str, Any]]:
@@ -64,6 +75,7 @@ def group_record(step: int, scored: ScoredGroup) -> dict[str, Any]:
     return {
         "step": step,
         "prompt_id": prompt.prompt_id,
+        "occurrence": prompt.occurrence,
         "category": prompt.category,
         "question": prompt.question,
         "answer": prompt.answer,

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_mmr1.types import Prompt, RolloutGroup
+from megatron_mmr1.types import GroupKey, Prompt, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Sampling:
         group_size: responses a prompt.
         temperature: 0 = greedy (then group_size must be 1).
         max_response_tokens: a longer response is cut, and marked by its finish reason "length".
-        seed, step: with the prompt's id and the sample's index they fix every random number.
+        seed, step, is_scoring: with the prompt's key and the sample's index they fix every random
+            number.
     """
 
     group_size: int
@@ -28,6 +29,7 @@ class Sampling:
     max_response_tokens: int
     seed: int
     step: int
+    is_scoring: bool = False  # only to score prompts, before the step
 
 
 class RolloutEngine(Protocol):
@@ -44,11 +46,14 @@ class RolloutEngine(Protocol):
         ...
 
 
-def request_seed(sampling: Sampling, prompt_id: str) -> int:
+def request_seed(sampling: Sampling, key: GroupKey) -> int:
     """Return the seed of a group's first sample; sample i uses seed + i.
 
-    A pure function of (seed, step, prompt_id): a resumed run, or one on another number of ranks,
-    draws the same responses.
+    A pure function of (seed, step, key): a resumed run, or one on another number of ranks, draws
+    the same responses.
     """
+    prompt_id, occurrence = key
     text = f"{sampling.seed}/{sampling.step}/{prompt_id}"
+    text += f"/{occurrence}" if occurrence else ""
+    text += "/scoring" if sampling.is_scoring else ""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -31,9 +31,10 @@ class ReplayEngine:
             ValueError: the recorded step doesn't hold one of the prompts, or holds groups of
                 another size.
         """
-        recorded = {row["prompt_id"]: row for row in self._read_step(sampling.step)}
+        rows = self._read_step(sampling.step)
+        recorded = {(row["prompt_id"], row["occurrence"]): row for row in rows}
         for prompt in prompts:
-            row = recorded.get(prompt.prompt_id)
+            row = recorded.get(prompt.key)
             if row is None or len(row["rollouts"]) != sampling.group_size:
                 raise ValueError(
                     f"replay: step {sampling.step} of the recorded run has no group of "

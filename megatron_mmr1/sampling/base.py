@@ -1,17 +1,30 @@
 """The contract of a sampler, and the share of each draw that one rollout engine generates for.
 
-Owns no policy: uniform.py and vas.py do.
+Owns no policy: vas.py does.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mmr1.types import PromptStats
+from megatron_mmr1.sampling.statistics import GroupStats
+
+
+class Draw(NamedTuple):
+    """One prompt of a batch.
+
+    Attributes:
+        index: in the data set.
+        occurrence: how often it was drawn for this step before; its requests have other seeds.
+    """
+
+    index: int
+    occurrence: int
 
 
 class Sampler(ABC):
@@ -26,46 +39,50 @@ class Sampler(ABC):
     """
 
     @abstractmethod
-    def next_batch(self) -> list[int]:
-        """Draw the prompts of one step: `prompts_per_step` different indices into the data set."""
+    def next_batch(self) -> list[Draw]:
+        """Draw `prompts_per_step` prompts.
 
-    @abstractmethod
-    def observe(self, step: int, stats: Sequence[PromptStats]) -> None:
-        """Take in what the groups of one step taught; called once a step, by every rank alike.
-
-        Raises:
-            ValueError: a prompt_id is not in the data set; nothing has been taken in then.
+        Called again before `observe`, it draws for the same step, to refill it.
         """
 
     @abstractmethod
+    def observe(self, step: int, stats: GroupStats) -> None:
+        """Take in what all groups of one step taught; called once a step, by every rank alike.
+
+        Raises:
+            ValueError: a prompt is not in the data set, or a number can't be; nothing has been
+                taken in then.
+        """
+
+    @abstractmethod
+    def prompts_to_score(self, step: int) -> list[int]:
+        """Return the prompts that must be sampled before `step`, only to be scored."""
+
+    @abstractmethod
+    def observe_scoring(self, step: int, stats: GroupStats) -> None:
+        """Take in what the groups of `prompts_to_score(step)` taught."""
+
+    @abstractmethod
     def update_table(self) -> dict[str, np.ndarray] | None:
-        """Return one row a prompt if the last `observe` renewed the scores, else None."""
+        """Return one row a prompt if all scores were renewed since the last call, else None."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return all that later draws depend on, as numbers, strings, lists and dicts only."""
+        """Return all that later draws depend on: numbers, strings, arrays, lists and dicts."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> str:
         """Continue from `state`: the later draws are those that the saved sampler would have made.
 
-        Raises:
-            ValueError: `state` was saved for other prompts.
+        Returns:
+            "", or what is different about the data set: prompts are matched by their ids.
         """
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """Return numbers for the log, keys "sampler/..."."""
 
-    def prompts_to_score(self, step: int) -> list[int]:
-        """Return the prompts that the trainer should generate for, only to score them: here none.
-
-        The paper re-scores every prompt with extra rollouts every T_update steps (Alg. 1). The
-        samplers here learn from training rollouts alone, so nothing is ever due.
-        """
-        return []
-
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         while True:
             yield self.next_batch()
 
@@ -84,6 +101,33 @@ class EngineShare:
         self.rank = rank
         self.size = size
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         for batch in self.sampler:
             yield batch[self.rank :: self.size]
+
+
+class Occurrences:
+    """Numbers the draws of a step that are of the same prompt."""
+
+    def __init__(self) -> None:
+        self._num: Counter[int] = Counter()
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._num
+
+    @property
+    def drawn(self) -> set[int]:
+        """The prompts that were drawn for this step."""
+        return set(self._num)
+
+    def number(self, batch: list[int]) -> list[Draw]:
+        """Return the draws of a batch."""
+        draws = []
+        for index in batch:
+            draws.append(Draw(index, self._num[index]))
+            self._num[index] += 1
+        return draws
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self._num.clear()

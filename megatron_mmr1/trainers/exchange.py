@@ -1,7 +1,7 @@
 """Groups between the engines that make them and the ranks that train on them.
 
-Every engine generates for its share of a draw; every rank then learns of all groups, so that all of
-them make the same plan, the same statistics and the same draws. Pixels and image files stay where
+Every engine generates for its share of a draw; every rank then learns of all groups and of their
+statistics, so that all of them make the same plan and the same draws. Pixels and image files stay where
 they are: a rank reads those of the prompts that it trains on from its own data set.
 """
 
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_mmr1.backend import parallel
+from megatron_mmr1.sampling.statistics import NUM_COLUMNS, GroupStats
 from megatron_mmr1.types import ScoredGroup
 
 
@@ -50,3 +52,20 @@ def all_groups(mine: Sequence[ScoredGroup], place: EnginePlace) -> list[ScoredGr
     ]  # fmt: skip
     shares = parallel.gather_over_world([bare] if place.is_leader else [])
     return [group for turn in zip_longest(*shares) for group in turn if group is not None]
+
+
+def all_stats(mine: GroupStats, num_groups: int, place: EnginePlace) -> np.ndarray:
+    """Return every engine's statistics in the order of the draw, float64 [num_groups, columns].
+
+    Parallelism: one all-gather of plain numbers over all ranks.
+
+    Args:
+        mine: this engine's groups, in the order of its share.
+        num_groups: of all engines.
+    """
+    per_engine = -(-num_groups // place.num_engines)
+    rows = np.full((per_engine, NUM_COLUMNS), np.nan)
+    rows[: len(mine.index_K)] = mine.to_rows()
+    tp_size = dist.get_world_size() // place.num_engines
+    of_engines = parallel.gather_array(rows)[::tp_size]  # ranks of an engine have the same
+    return of_engines.transpose(1, 0, 2).reshape(-1, NUM_COLUMNS)[:num_groups]

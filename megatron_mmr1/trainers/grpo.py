@@ -19,8 +19,7 @@ from megatron_mmr1.evaluation import accuracy
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
 from megatron_mmr1.rollout.engine import Sampling
-from megatron_mmr1.sampling.statistics import prompt_stats
-from megatron_mmr1.trainers.exchange import all_groups
+from megatron_mmr1.trainers.collect import Collected, collect, score_if_due
 from megatron_mmr1.trainers.reporting import Recorder, export_model
 from megatron_mmr1.trainers.setup import Parts, build_parts
 from megatron_mmr1.trainers.trust import stop_if_untrustworthy
@@ -44,8 +43,8 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
             for step in range(start + 1, config.num_steps + 1):
                 is_last, is_best = step == config.num_steps, False
                 with parts.timers.phase("step"):
-                    groups, metrics = _step(step, config, parts)
-                    records.write_groups(step, groups, parts.train_set)
+                    collected, metrics = _step(step, config, parts)
+                    records.write_groups(step, collected, parts.train_set)
                     records.write_prompt_stats(parts.sampler.update_table())
                     if config.replay is None and _is_due(step, config.evaluation.every, is_last):
                         metrics |= _evaluate(config, parts)
@@ -64,31 +63,23 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
         export_model(run_dir, parts.policy, config.model.path)
 
 
-def _step(
-    step: int, config: GrpoConfig, parts: Parts
-) -> tuple[list[ScoredGroup], dict[str, float]]:
+def _step(step: int, config: GrpoConfig, parts: Parts) -> tuple[Collected, dict[str, float]]:
     """Draw, sample, judge, learn, push the weights,
     and tell the sampler what its prompts were worth.
     """
-    timers = parts.timers
-    with timers.phase("sampler"):
-        prompts = next(parts.prompts)
-    with timers.phase("rollout"):
-        for group in parts.engine.generate(prompts, _training_sampling(config, step)):
-            parts.sync.check(group.weight_version)
-            parts.verifier.submit(group)
-    with timers.phase("reward"):
-        by_id = {scored.group.prompt.prompt_id: scored for scored in parts.verifier.results()}
-    with timers.phase("exchange"):
-        groups = all_groups([by_id[prompt.prompt_id] for prompt in prompts], parts.place)
+    timers, sampling = parts.timers, _training_sampling(config, step)
+    num_scoring = score_if_due(step, config, parts, sampling)
+    collected = collect(config, parts, sampling)
     with timers.phase("train"):
-        metrics = _learn(groups, config, parts)
+        metrics = _learn(collected.groups, config, parts)
     with timers.phase("weight_sync"):
         parts.sync.push(version=step)
     with timers.phase("sampler"):
-        parts.sampler.observe(step, [prompt_stats(g) for g in groups])
-    rollout_metrics = group_metrics(group_sums(groups), timers.seconds("rollout"))
-    return groups, metrics | rollout_metrics | parts.sampler.metrics()
+        parts.sampler.observe(step, collected.stats)
+    sums = group_sums([*collected.groups, *collected.discarded])
+    metrics |= group_metrics(sums, timers.seconds("rollout")) | collected.metrics()
+    metrics["rollout/scoring_responses"] = float(num_scoring)
+    return collected, metrics | parts.sampler.metrics()
 
 
 def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> dict[str, float]:
@@ -166,5 +157,6 @@ def _resume(config: GrpoConfig, parts: Parts) -> tuple[int, float]:
     if step is None:
         return 0, float("-inf")
     state = parts.checkpoints.load(step, parts.policy)
-    parts.sampler.load_state_dict(state["sampler"])
+    if (notice := parts.sampler.load_state_dict(state["sampler"])) and parallel.is_main():
+        print(f"resume: {notice}")
     return step, state["best"]

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from megatron_mmr1.observability.metrics import MetricsWriter, truncate_after
 from megatron_mmr1.observability.prompt_stats import append_prompt_stats
 from megatron_mmr1.observability.rollouts import write_rollouts
 from megatron_mmr1.types import Prompt, ScoredGroup
+
+if TYPE_CHECKING:
+    from megatron_mmr1.trainers.collect import Collected
 
 
 class Recorder:
@@ -37,17 +41,20 @@ class Recorder:
         if self._writer:
             self._writer.write(step, metrics)
 
-    def write_groups(
-        self, step: int, groups: Sequence[ScoredGroup], dataset: PromptDataset
-    ) -> None:
+    def write_groups(self, step: int, collected: Collected, dataset: PromptDataset) -> None:
         """Write all engines' rollouts of a step, with the image files of their prompts."""
         if not parallel.is_main():
             return
-        with_images = [
-            replace(g, group=replace(g.group, prompt=_with_images(g.group.prompt, dataset)))
-            for g in groups
-        ]
-        write_rollouts(self._run_dir, step, with_images)
+
+        def with_images(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+            return [
+                replace(g, group=replace(g.group, prompt=_with_images(g.group.prompt, dataset)))
+                for g in groups
+            ]
+
+        write_rollouts(
+            self._run_dir, step, with_images(collected.groups), with_images(collected.discarded)
+        )
 
     def write_prompt_stats(self, table: dict[str, np.ndarray] | None) -> None:
         """Append the sampler's table, if its scores were renewed."""

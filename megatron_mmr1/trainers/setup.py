@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,7 @@ from megatron_mmr1.observability.timers import PhaseTimers
 from megatron_mmr1.rewards import VerifierPool
 from megatron_mmr1.rollout.engine import RolloutEngine
 from megatron_mmr1.rollout.replay import ReplayEngine
-from megatron_mmr1.sampling import build_sampler
-from megatron_mmr1.sampling.base import EngineShare, Sampler
+from megatron_mmr1.sampling import EngineShare, PromptPool, Sampler, Statistician, VasSampler
 from megatron_mmr1.trainers.exchange import EnginePlace
 from megatron_mmr1.trainers.reporting import report_bad_rows
 from megatron_mmr1.types import Prompt
@@ -51,6 +51,7 @@ class Parts:
     prompts: Iterator[list[Prompt]]
     heldout: list[Prompt]
     verifier: VerifierPool
+    statistician: Statistician
     checkpoints: Checkpoints
     builder: batching.StepBuilder
     rule: SoftmaxRule
@@ -69,12 +70,13 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
     )
     report_bad_rows(run_dir, [train_set, heldout_set])
     place = EnginePlace.of(config.rollout.tp_size if config.replay is None else 1)
-    sampler = build_sampler(
-        train_set.prompt_ids,
-        train_set.categories,
+    sampler = VasSampler(
+        _pool(train_set, config.sampler.prior),
         config.prompts_per_step,
         config.sampler,
         config.seed,
+        config.rollout.group_size,
+        config.num_steps,
     )
     policy = MegatronPolicy(
         config.model,
@@ -84,7 +86,10 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
         keep_reference=config.algorithm.kl_coefficient > 0,
     )
     engine = _build_engine(config, processor)
-    with VerifierPool(config.reward) as verifier:
+    with (
+        VerifierPool(config.reward) as verifier,
+        Statistician(config.sampler.diversity) as statistician,
+    ):
         yield Parts(
             policy=policy,
             engine=engine,
@@ -99,6 +104,7 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
                 heldout_set[i] for i in range(place.index, len(heldout_set), place.num_engines)
             ],
             verifier=verifier,
+            statistician=statistician,
             checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),
             builder=batching.StepBuilder(
                 Packing.at(config.parallel, config.max_tokens_per_microbatch, config.model.fp8),
@@ -110,6 +116,20 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
             rule=SoftmaxRule(config.rollout.temperature, processor.banned_token_ids),
             timers=PhaseTimers(),
         )
+
+
+def _pool(dataset: PromptDataset, prior: str) -> PromptPool:
+    """Say which prompts are alike before anything is known of them."""
+    if prior == "category":
+        strata = dataset.categories
+    elif prior == "global":
+        strata = [""] * len(dataset)
+    else:  # record: where it comes from, how many images it has, and its length within a fifth
+        strata = [
+            f"{source}/{len(size.patches)}/{round(4 * math.log2(size.num_prompt_tokens))}"
+            for source, size in zip(dataset.sources, dataset.sizes, strict=True)
+        ]
+    return PromptPool(dataset.prompt_ids, dataset.categories, strata)
 
 
 def _build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngine:

@@ -8,13 +8,13 @@ from pathlib import Path
 from megatron_mmr1.backend import batching, losses, parallel
 from megatron_mmr1.backend.plan import Packing, SampleSize
 from megatron_mmr1.backend.policy import MegatronPolicy
-from megatron_mmr1.config.schema import SamplerConfig, SftConfig
+from megatron_mmr1.config.schema import SftConfig
 from megatron_mmr1.data.dataset import DemonstrationDataset
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.observability.metrics import MetricsWriter
 from megatron_mmr1.observability.progress import SFT_FIELDS, Progress
-from megatron_mmr1.sampling import build_sampler
+from megatron_mmr1.sampling.passes import UniformPasses
 from megatron_mmr1.trainers.reporting import export_model, report_bad_rows
 from megatron_mmr1.trainers.trust import stop_if_not_finite
 from megatron_mmr1.types import StepBatch
@@ -30,13 +30,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     dataset = DemonstrationDataset(config.data, processor, config.max_tokens_per_microbatch)
     report_bad_rows(run_dir, [dataset])
     policy = MegatronPolicy(config.model, config.parallel, config.optimizer, config.num_steps)
-    sampler = build_sampler(
-        dataset.prompt_ids,
-        dataset.categories,
-        config.global_batch_size,
-        SamplerConfig(kind="uniform"),
-        config.seed,
-    )
+    passes = UniformPasses(len(dataset), config.seed)
     builder = batching.StepBuilder(
         Packing.at(config.parallel, config.max_tokens_per_microbatch, config.model.fp8),
         policy.cost,
@@ -49,7 +43,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     ) as progress:
         for step in range(1, config.num_steps + 1):
             start = time.perf_counter()
-            batch, measured = _build(sampler.next_batch(), dataset, builder)
+            batch, measured = _build(passes.take(config.global_batch_size), dataset, builder)
             metrics = policy.train_step(batch, loss, _WHOLE_SOFTMAX) | measured
             stop_if_not_finite(metrics)
             seconds = time.perf_counter() - start
@@ -69,7 +63,7 @@ def _build(
     """Build a draw's step; the plan needs the rows' sizes, and a rank loads its own rows only."""
     sizes = [
         SampleSize(
-            dataset.prompt_ids[index],
+            (dataset.prompt_ids[index], 0),
             dataset.sizes[index].num_prompt_tokens,
             dataset.sizes[index].num_response_tokens,
             dataset.sizes[index].patches,
