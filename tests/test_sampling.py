@@ -6,12 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from megatron_mmr1.sampling.uniform import UniformSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 from megatron_mmr1.config.schema import SamplerConfig
 from megatron_mmr1.sampling import SAMPLERS, EngineShare, build_sampler
 from megatron_mmr1.sampling.scores import outcome_variance_score
-from megatron_mmr1.sampling.uniform import UniformSampler
 from megatron_mmr1.sampling.vas import draw_by_weight, num_scored_draws
 from megatron_mmr1.types import PromptStats
 

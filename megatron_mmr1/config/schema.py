@@ -68,7 +68,7 @@ class DataConfig:
 
 @dataclass
 class SamplerConfig:
-    """Who is drawn next. `sampler=NAME` takes a preset of hydra_conf/sampler/; these are "posterior".
+    """Who is drawn next. Presets are in hydra_conf/sampler/ (`sampler=NAME`); here is "posterior".
 
     Lambda is `mixture_ratio`: the share of a batch that is drawn by score.
     """

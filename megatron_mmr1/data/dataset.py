@@ -113,7 +113,9 @@ class _ParquetRows:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.path} is not a parquet file ({error})") from error
         allowed = {*self.required_columns, *self.optional_columns}
-        expected = f"expected {', '.join(self.required_columns)}, and optionally id, category, source"
+        expected = (
+            f"expected {', '.join(self.required_columns)}, and optionally id, category, source"
+        )
         for column in self.required_columns:
             if column not in table.column_names:
                 raise ValueError(

@@ -19,11 +19,11 @@ class Draw(NamedTuple):
     """One prompt of a batch.
 
     Attributes:
-        index: in the data set.
+        row: index in the data set.
         occurrence: how often it was drawn for this step before; its requests have other seeds.
     """
 
-    index: int
+    row: int
     occurrence: int
 
 
@@ -112,9 +112,6 @@ class Occurrences:
     def __init__(self) -> None:
         self._num: Counter[int] = Counter()
 
-    def __contains__(self, index: int) -> bool:
-        return index in self._num
-
     @property
     def drawn(self) -> set[int]:
         """The prompts that were drawn for this step."""
@@ -123,9 +120,9 @@ class Occurrences:
     def number(self, batch: list[int]) -> list[Draw]:
         """Return the draws of a batch."""
         draws = []
-        for index in batch:
-            draws.append(Draw(index, self._num[index]))
-            self._num[index] += 1
+        for row in batch:
+            draws.append(Draw(row, self._num[row]))
+            self._num[row] += 1
         return draws
 
     def clear(self) -> None:

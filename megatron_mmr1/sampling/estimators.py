@@ -176,9 +176,7 @@ class Posterior(Estimator):
         if self.config.score == "calibrated":
             found |= {
                 f"sampler/weight_{name}": float(weight)
-                for name, weight in zip(
-                    calibration.FEATURES, self.model.weights_F, strict=True
-                )
+                for name, weight in zip(calibration.FEATURES, self.model.weights_F, strict=True)
             }
         return found
 

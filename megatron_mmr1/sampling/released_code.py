@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mmr1.config.schema import SamplerConfig
-from megatron_mmr1.sampling import scores
 from megatron_mmr1.sampling.estimators import Refresh
 from megatron_mmr1.sampling.statistics import GroupStats
 

@@ -62,7 +62,7 @@ class GroupStats:
     @property
     def is_mixed_K(self) -> np.ndarray:
         """Whether a group has both verdicts."""
-        return (0 < self.num_correct_K) & (self.num_correct_K < self.num_judged_K)
+        return (self.num_correct_K > 0) & (self.num_correct_K < self.num_judged_K)
 
     def judged(self) -> GroupStats:
         """Leave out the groups that no answer could be judged of: they taught nothing."""

@@ -25,8 +25,11 @@ from megatron_mmr1.sampling.base import Draw, Occurrences, Sampler
 from megatron_mmr1.sampling.estimators import Estimator, Posterior, Refresh
 from megatron_mmr1.sampling.passes import UniformPasses
 from megatron_mmr1.sampling.released_code import OnePermutation, ReleasedCode
-from megatron_mmr1.sampling.scores import effective_share, outcome_variance_score
-from megatron_mmr1.sampling.scores import variance_promotion_score
+from megatron_mmr1.sampling.scores import (
+    effective_share,
+    outcome_variance_score,
+    variance_promotion_score,
+)
 from megatron_mmr1.sampling.statistics import GroupStats
 from megatron_mmr1.sampling.weight_tree import WeightTree
 
@@ -107,6 +110,7 @@ class VasSampler(Sampler):
         self.step = 0  # of the last `observe`: also the number of policy versions so far
         self.steps_since_update = 0
         self.num_updates = 0
+        self.num_drawn = 0
         self.num_epochs = 0
         self._drawn = Occurrences()  # of the step that is being drawn for
         self._is_table_due = False
@@ -127,6 +131,7 @@ class VasSampler(Sampler):
         if 0 < len(scored) < len(batch):
             batch = self.rng.permutation(batch).tolist()
         np.add.at(self.draws_P, batch, 1)
+        self.num_drawn += len(batch)
         return self._drawn.number(batch)
 
     @property
@@ -163,7 +168,7 @@ class VasSampler(Sampler):
         self.step = step
         self._drawn.clear()
         self.steps_since_update += 1
-        num_epochs = int(self.draws_P.sum(dtype=np.int64)) // len(self.pool.ids)
+        num_epochs = self.num_drawn // len(self.pool.ids)
         is_epoch_over, self.num_epochs = num_epochs > self.num_epochs, num_epochs
         if isinstance(self.estimator, Refresh):
             return  # the paper's schedule alone, see `observe_scoring`
@@ -266,6 +271,7 @@ class VasSampler(Sampler):
             "step": self.step,
             "steps_since_update": self.steps_since_update,
             "num_updates": self.num_updates,
+            "num_drawn": self.num_drawn,
             "num_epochs": self.num_epochs,
         }
 
@@ -293,7 +299,7 @@ class VasSampler(Sampler):
         self.draws_P = state["prompts"]["draws"].copy()
         self.last_observed_P = state["prompts"]["last_observed"].copy()
         self.rng.bit_generator.state = json.loads(state["rng"])
-        for name in ("step", "steps_since_update", "num_updates", "num_epochs"):
+        for name in ("step", "steps_since_update", "num_updates", "num_drawn", "num_epochs"):
             setattr(self, name, state[name])
         if notice:
             self._renew()

@@ -96,7 +96,9 @@ def score_if_due(step: int, config: GrpoConfig, parts: Parts, sampling: Sampling
             mine = chunk[parts.place.index :: parts.place.num_engines]
             prompts = [parts.train_set[index] for index in mine]
             groups = _generate(prompts, sampling, parts)
-            rows.append(all_stats(parts.statistician.collect(groups, mine), len(chunk), parts.place))
+            rows.append(
+                all_stats(parts.statistician.collect(groups, mine), len(chunk), parts.place)
+            )
             progress.update(number, {})
     parts.sampler.observe_scoring(step, GroupStats.of_rows(np.concatenate(rows)))
     return len(indices) * num_rollouts
