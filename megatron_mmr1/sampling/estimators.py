@@ -202,9 +202,9 @@ class Posterior(Estimator):
 class Refresh(Estimator):
     """The paper's Algorithm 1: N rollouts of every prompt before step 1 and every T steps.
 
-    VPS = alpha * p(1 - p) + beta * TDS, both of the last scoring rollouts; training rollouts are not
-    used. Departure where the paper is silent: a prompt that no answer could be judged of has the
-    mean of the others.
+    VPS = alpha * p(1 - p) + beta * TDS, both of the last scoring rollouts; training rollouts are
+    not used. Departure where the paper is silent: a prompt that no answer could be judged of has
+    the mean of the others.
     """
 
     def __init__(self, stratum_P: np.ndarray, config: SamplerConfig, group_size: int):

@@ -1,11 +1,11 @@
 """Variance-Aware Sampling (arXiv:2509.21268, Alg. 1): the sampler, whatever it knows and scores.
 
-Owns the mixture of the two halves of a batch, when scores are renewed, and the record of draws. What
-is known of prompts is estimators.py's.
+Owns the mixture of the two halves of a batch, when scores are renewed, and the record of draws.
+What is known of prompts is estimators.py's.
 
 Departure from the paper, unless `with_replacement`: no prompt occurs twice in a batch. Within a
-batch the scored draw is then sequential: each next prompt in proportion to its score among those not
-yet taken, and only the first is exactly in proportion.
+batch the scored draw is then sequential: each next prompt in proportion to its score among those
+not yet taken, and only the first is exactly in proportion.
 
 P prompts.
 """

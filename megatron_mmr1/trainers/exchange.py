@@ -1,8 +1,8 @@
 """Groups between the engines that make them and the ranks that train on them.
 
 Every engine generates for its share of a draw; every rank then learns of all groups and of their
-statistics, so that all of them make the same plan and the same draws. Pixels and image files stay where
-they are: a rank reads those of the prompts that it trains on from its own data set.
+statistics, so that all of them make the same plan and the same draws. Pixels and image files stay
+where they are: a rank reads those of the prompts that it trains on from its own data set.
 """
 
 from __future__ import annotations
