@@ -65,6 +65,13 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     _check_run(config.seed, config.num_steps)
     _check_model(config.model)
     _check_sampler(config.sampler, config.rollout.group_size)
+    _at_least("max_responses", config.max_responses, 0)
+    _require(
+        config.replay is None or config.sampler.scoring_rollouts == 0,
+        "sampler.scoring_rollouts",
+        config.sampler.scoring_rollouts,
+        "can't be replayed, since runs don't keep these rollouts; replay with a sampler without",
+    )
     _check_training_rollout(config.rollout)
     _check_reward(config.reward)
     _check_algorithm(config.algorithm)

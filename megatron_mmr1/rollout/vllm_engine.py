@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -30,6 +30,7 @@ from vllm.model_executor.models.qwen2_vl import _create_qwen2vl_field_factory
 from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.triton_utils import dispatcher
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
@@ -79,7 +80,7 @@ class VllmEngine:
         max_model_len = max_prompt_tokens + config.max_response_tokens
         on_gpu = torch.cuda.is_available()
         self._mixes_up_experts = bool(getattr(hf_config, "num_experts", None)) and not on_gpu
-        with _process_left_as_found():
+        with _process_left_as_found(), _strange_objects_are_passed_over():
             self._llm = LLM(
                 model,
                 dtype=cast(ModelDType, dtype),  # validate has checked it
@@ -233,6 +234,25 @@ def _ban_tokens(token_ids: tuple[int, ...]) -> type[LogitsProcessor]:
             return None
 
     return BannedTokens
+
+
+@contextmanager
+def _strange_objects_are_passed_over() -> Iterator[None]:
+    """Let vLLM 0.32 start on a CPU beside numba.
+
+    It looks for Triton kernels in every object of every module, and takes the attributes of each
+    for a dict. llvmlite's wrappers of C functions answer any name, `__dict__` too, with a function.
+    """
+
+    def attributes(value: object) -> Mapping[str, object]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = attributes  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        del dispatcher.vars  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.evaluation import accuracy
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
-from megatron_mmr1.rollout.engine import Sampling
+from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
 from megatron_mmr1.trainers.collect import Collected, collect, score_if_due
 from megatron_mmr1.trainers.reporting import Recorder, export_model
 from megatron_mmr1.trainers.setup import Parts, build_parts
@@ -26,24 +26,31 @@ from megatron_mmr1.trainers.trust import stop_if_untrustworthy
 from megatron_mmr1.types import ScoredGroup, StepBatch
 
 
-def train(config: GrpoConfig, run_dir: Path) -> None:
+def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None) -> None:
     """Train to `config.num_steps`, from the newest complete checkpoint
     when `config.resume` is auto.
 
     Leaves in the run folder what the README lists, and in `hf/` the last weights as a Hugging
     Face folder.
+
+    Args:
+        engine: of an earlier run of the same model and settings, to use again; None = a new one.
     """
-    with build_parts(config, run_dir) as parts:
-        start, best = _resume(config, parts)
+    with build_parts(config, run_dir, engine) as parts:
+        start, best, num_responses = _resume(config, parts)
         parts.sync.push(version=start)
         records = Recorder(run_dir, start)
         with Progress(config.num_steps, start, "GRPO", is_quiet=not parallel.is_main()) as progress:
             if start == 0 and config.replay is None:
                 records.write_metrics(0, _evaluate(config, parts) | parts.timers.pop())
             for step in range(start + 1, config.num_steps + 1):
-                is_last, is_best = step == config.num_steps, False
+                is_best = False
                 with parts.timers.phase("step"):
                     collected, metrics = _step(step, config, parts)
+                    num_responses += int(metrics["rollout/responses"])
+                    num_responses += int(metrics["rollout/scoring_responses"])
+                    metrics["rollout/responses_total"] = float(num_responses)
+                    is_last = step == config.num_steps or 0 < config.max_responses <= num_responses
                     records.write_groups(step, collected, parts.train_set)
                     records.write_prompt_stats(parts.sampler.update_table())
                     if config.replay is None and _is_due(step, config.evaluation.every, is_last):
@@ -57,8 +64,14 @@ def train(config: GrpoConfig, run_dir: Path) -> None:
                 # time is in the next step's line.
                 if is_best or _is_due(step, config.checkpoint.every, is_last):
                     with parts.timers.phase("checkpoint"):
-                        state = {"best": best, "sampler": parts.sampler.state_dict()}
+                        state = {
+                            "best": best,
+                            "num_responses": num_responses,
+                            "sampler": parts.sampler.state_dict(),
+                        }
                         parts.checkpoints.save(step, parts.policy, state, is_best)
+                if is_last:
+                    break
         records.close()
         export_model(run_dir, parts.policy, config.model.path)
 
@@ -151,12 +164,12 @@ def _is_due(step: int, every: int, is_last: bool) -> bool:
     return is_last or (every > 0 and step % every == 0)
 
 
-def _resume(config: GrpoConfig, parts: Parts) -> tuple[int, float]:
-    """Return the step to go on from and the best held-out accuracy so far."""
+def _resume(config: GrpoConfig, parts: Parts) -> tuple[int, float, int]:
+    """Return the step to go on from, the best held-out accuracy and the responses so far."""
     step = parts.checkpoints.newest() if config.resume == "auto" else None
     if step is None:
-        return 0, float("-inf")
+        return 0, float("-inf"), 0
     state = parts.checkpoints.load(step, parts.policy)
     if (notice := parts.sampler.load_state_dict(state["sampler"])) and parallel.is_main():
         print(f"resume: {notice}")
-    return step, state["best"]
+    return step, state["best"], state["num_responses"]

@@ -59,7 +59,9 @@ class Parts:
 
 
 @contextmanager
-def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
+def build_parts(
+    config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
+) -> Iterator[Parts]:
     """Build the parts, data first (its errors are the cheapest to meet),
     and close the verifier at the end.
     """
@@ -85,7 +87,7 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
         num_steps=config.num_steps * config.algorithm.optimizer_steps_per_batch,
         keep_reference=config.algorithm.kl_coefficient > 0,
     )
-    engine = _build_engine(config, processor)
+    engine = engine or build_engine(config, processor)
     with (
         VerifierPool(config.reward) as verifier,
         Statistician(config.sampler.diversity) as statistician,
@@ -132,7 +134,8 @@ def _pool(dataset: PromptDataset, prior: str) -> PromptPool:
     return PromptPool(dataset.prompt_ids, dataset.categories, strata)
 
 
-def _build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngine:
+def build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngine:
+    """Start the engine of a run: vLLM, or recorded rollouts."""
     if config.replay is not None:
         return ReplayEngine(partial(read_rollouts, config.replay))
     from megatron_mmr1.rollout.vllm_engine import VllmEngine

@@ -1,0 +1,162 @@
+"""Stage 2 of the comparison of samplers: the real trainer, at equal total rollouts.
+
+What is compared is written down here, before any run: arms, pools, learning rates, seeds, budget.
+Every arm's learning rate is chosen on seeds that are not reported. One process makes all runs, with
+one engine, whose weights each run replaces; a run that was finished is not made again, so that the
+whole may be interrupted at any time. A run that crashed is recorded with its error and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from megatron_mmr1.bakeoff.pools import MIXES
+from megatron_mmr1.cli import load_config
+from megatron_mmr1.config.schema import GrpoConfig
+from megatron_mmr1.config.validate import validate
+from megatron_mmr1.observability.metrics import read_metrics
+
+# 40 steps of 32 x 8 responses, if none is spent on anything but training.
+BUDGET = 40 * 32 * 8
+LEARNING_RATES = (1e-4, 2e-4, 4e-4)
+TUNING_SEEDS = (100, 101)
+REPORTED_SEEDS = (0, 1, 2, 3, 4, 5)
+ARMS: Mapping[str, tuple[str, ...]] = {
+    "uniform": ("sampler=uniform",),
+    # Algorithm 1. One pass of the paper's 16 rollouts over 2,000 prompts would cost three budgets:
+    # 2 rollouts a prompt, once, are the least that says anything.
+    "paper refresh": (
+        "sampler=paper_table_6",
+        "sampler.scoring_rollouts=2",
+        "sampler.update_every=1000",
+    ),
+    "posterior": ("sampler=posterior",),
+    "posterior, no shared prior": ("sampler=posterior", "sampler.prior=global"),
+    "posterior + dynamic sampling": ("sampler=posterior", "sampler.max_refills=8"),
+    # Not one of the five: the task's level is given to the sampler.
+    "posterior, level given": ("sampler=posterior", "sampler.prior=category"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run."""
+
+    pool: str
+    arm: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        arm = self.arm.replace(",", "").replace("+ ", "").replace(" ", "_")
+        return f"{self.pool}/{arm}/lr{self.lr:g}_seed{self.seed}"
+
+
+def tuning_runs() -> Iterator[Run]:
+    """The runs that choose each arm's learning rate."""
+    for seed, pool, lr, arm in product(TUNING_SEEDS, MIXES, LEARNING_RATES, ARMS):
+        yield Run(pool, arm, lr, seed)
+
+
+def reported_runs(chosen: Mapping[tuple[str, str], float]) -> Iterator[Run]:
+    """The runs that are reported, seed by seed; `chosen` is the learning rate by (pool, arm)."""
+    for seed, pool, arm in product(REPORTED_SEEDS, MIXES, ARMS):
+        yield Run(pool, arm, chosen[pool, arm], seed)
+
+
+def config_of(run: Run, pools: Path, cold_start: Path) -> GrpoConfig:
+    """Return a run's whole configuration, checked."""
+    config = load_config(
+        GrpoConfig,
+        "experiment",
+        [
+            *ARMS[run.arm],
+            f"seed={run.seed}",
+            f"model.path={cold_start}",
+            f"data.train={pools / run.pool / 'train.parquet'}",
+            f"data.heldout={pools / run.pool / 'heldout.parquet'}",
+            f"optimizer.lr={run.lr}",
+            "optimizer.schedule=constant",
+            "num_steps=40",
+            f"max_responses={BUDGET}",
+            "evaluation.every=8",
+            "evaluation.samples_per_prompt=2",
+            "checkpoint.every=0",
+        ],
+    )
+    config = replace(config, run=run.name)
+    validate(config, 1)
+    return config
+
+
+class Bakeoff:
+    """Makes runs that are not there yet, and keeps of each its metrics.
+
+    Args:
+        folder: of the pools and runs.
+        cold_start: the Hugging Face folder that every run begins with.
+    """
+
+    def __init__(self, folder: Path, cold_start: Path) -> None:
+        from megatron_mmr1 import device
+
+        device.prepare_process()
+        from megatron_mmr1.backend import parallel
+        from megatron_mmr1.data.processor import PromptProcessor
+        from megatron_mmr1.trainers.setup import build_engine
+
+        self.folder, self._cold_start = folder, cold_start
+        config = config_of(next(tuning_runs()), folder, cold_start)
+        self._processor = PromptProcessor(config.model.path)
+        parallel.initialize(config.parallel, config.seed)
+        self._reward = config.reward
+        self._engine = build_engine(config, self._processor)
+
+    def build_pools(self) -> None:
+        """Measure the candidates and write the pools, unless they are there."""
+        from megatron_mmr1.bakeoff.pools import build_pools
+        from megatron_mmr1.rewards import VerifierPool
+
+        with VerifierPool(self._reward) as verifier:
+            build_pools(self.folder, self._engine, verifier, self._processor)
+
+    def make(self, run: Run) -> None:
+        """Make a run, unless its result is there; its weights and rollouts are not kept."""
+        from megatron_mmr1.trainers import grpo
+
+        if result_path(self.folder, run).exists():
+            return
+        run_dir = self.folder / "runs" / run.name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text("{}\n")  # the checkpoint copies it
+        error = ""
+        try:
+            grpo.train(config_of(run, self.folder, self._cold_start), run_dir, self._engine)
+        except (RuntimeError, ValueError) as fault:
+            error = f"{type(fault).__name__}: {fault}"
+            traceback.print_exc()
+        rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        record = {"run": asdict(run), "error": error, "budget": BUDGET, "rows": rows}
+        result_path(self.folder, run).write_text(json.dumps(record), encoding="utf-8")
+        for part in ("checkpoints", "hf", "rollouts", "tensorboard"):
+            shutil.rmtree(run_dir / part, ignore_errors=True)
+
+
+def result_path(folder: Path, run: Run) -> Path:
+    """Where a finished run's record is."""
+    return folder / "runs" / run.name / "result.json"
+
+
+def read_results(folder: Path) -> list[dict]:
+    """Return the records of all finished runs."""
+    paths = sorted((folder / "runs").glob("*/*/*/result.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
