@@ -204,21 +204,21 @@ def _number(key_T: np.ndarray) -> tuple[np.ndarray, int]:
     bits = 4
     while (1 << bits) < 2 * len(key_T):  # a hash table at most half full, so that probes are few
         bits += 1
-    key_of_slot = np.empty(1 << bits, np.int64)
-    number_of_slot = np.full(1 << bits, -1, np.int64)
+    first_of_slot = np.full(1 << bits, -1, np.int32)  # where its key occurs first
     number_T = np.empty(len(key_T), np.int64)
     num_keys = 0
     for t in range(len(key_T)):
         # the top bits of a product with 2^64 / golden ratio: spreads consecutive keys
         product = np.uint64(key_T[t]) * np.uint64(0x9E3779B97F4A7C15)
         slot = np.int64(product >> np.uint64(64 - bits))
-        while number_of_slot[slot] >= 0 and key_of_slot[slot] != key_T[t]:
+        while first_of_slot[slot] >= 0 and key_T[first_of_slot[slot]] != key_T[t]:
             slot = (slot + 1) & ((1 << bits) - 1)
-        if number_of_slot[slot] < 0:
-            key_of_slot[slot] = key_T[t]
-            number_of_slot[slot] = num_keys
+        if first_of_slot[slot] < 0:
+            first_of_slot[slot] = t
+            number_T[t] = num_keys
             num_keys += 1
-        number_T[t] = number_of_slot[slot]
+        else:
+            number_T[t] = number_T[first_of_slot[slot]]
     return number_T, num_keys
 
 
