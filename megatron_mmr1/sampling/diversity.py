@@ -17,9 +17,9 @@ Legend: G responses, T tokens of all responses end to end, U distinct n-grams, N
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -154,8 +154,9 @@ def _end_to_end(responses: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndar
             " use rollout.group_size of 2 or more"
         )
     lengths_G = np.array([len(response) for response in responses], dtype=np.int64)
-    tokens = chain.from_iterable(responses)
-    return np.fromiter(tokens, dtype=np.int64, count=int(lengths_G.sum())), lengths_G
+    # array reads lists and tuples of ints faster than numpy does: a sixth of the time of `tds`
+    tokens = bytearray().join(array("q", response) for response in responses)
+    return np.frombuffer(tokens, dtype=np.int64), lengths_G
 
 
 def _count_ngrams(flat_T: np.ndarray, lengths_G: np.ndarray) -> _NgramCounts:
@@ -203,21 +204,21 @@ def _number(key_T: np.ndarray) -> tuple[np.ndarray, int]:
     bits = 4
     while (1 << bits) < 2 * len(key_T):  # a hash table at most half full, so that probes are few
         bits += 1
-    key_of_slot = np.empty(1 << bits, np.int64)
-    number_of_slot = np.full(1 << bits, -1, np.int64)
+    first_of_slot = np.full(1 << bits, -1, np.int32)  # where its key occurs first
     number_T = np.empty(len(key_T), np.int64)
     num_keys = 0
     for t in range(len(key_T)):
         # the top bits of a product with 2^64 / golden ratio: spreads consecutive keys
         product = np.uint64(key_T[t]) * np.uint64(0x9E3779B97F4A7C15)
         slot = np.int64(product >> np.uint64(64 - bits))
-        while number_of_slot[slot] >= 0 and key_of_slot[slot] != key_T[t]:
+        while first_of_slot[slot] >= 0 and key_T[first_of_slot[slot]] != key_T[t]:
             slot = (slot + 1) & ((1 << bits) - 1)
-        if number_of_slot[slot] < 0:
-            key_of_slot[slot] = key_T[t]
-            number_of_slot[slot] = num_keys
+        if first_of_slot[slot] < 0:
+            first_of_slot[slot] = t
+            number_T[t] = num_keys
             num_keys += 1
-        number_T[t] = number_of_slot[slot]
+        else:
+            number_T[t] = number_T[first_of_slot[slot]]
     return number_T, num_keys
 
 
@@ -225,26 +226,27 @@ def _number(key_T: np.ndarray) -> tuple[np.ndarray, int]:
 def _match(
     ngram_T: np.ndarray, num_ngrams: int, lengths_G: np.ndarray, order: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return one order's clipped matches [G], distinct n-grams of each response [G] and of all."""
-    num_responses = len(lengths_G)
-    count_U = np.zeros(num_ngrams, np.int64)  # in the response that visited it last
-    visitor_U = np.full(num_ngrams, -1, np.int64)
+    """Return one order's clipped matches [G], distinct n-grams of each response [G] and of all.
+
+    A response has an n-gram at most as often as another one does, so that all of its occurrences
+    match, unless it holds the highest count; then as many match as the second highest count.
+    """
+    count_U = np.zeros(num_ngrams, np.int32)  # in the response that visited it last
+    visitor_U = np.full(num_ngrams, -1, np.int32)
     # the highest count in one response, whose it is, and the highest in the others
-    first_U = np.zeros(num_ngrams, np.int64)
-    owner_U = np.full(num_ngrams, -1, np.int64)
-    second_U = np.zeros(num_ngrams, np.int64)
-    distinct_G = np.zeros(num_responses, np.int64)
-    matches_G = np.zeros(num_responses, np.int64)
-    distinct = 0
+    first_U = np.zeros(num_ngrams, np.int32)
+    owner_U = np.full(num_ngrams, -1, np.int32)
+    second_U = np.zeros(num_ngrams, np.int32)
+    distinct_G = np.zeros(len(lengths_G), np.int64)
+    matches_G = np.maximum(lengths_G - order + 1, 0)
     start = 0
-    for i in range(num_responses):
-        for t in range(start, start + lengths_G[i] - order + 1):
+    for i in range(len(lengths_G)):
+        for t in range(start, start + matches_G[i]):
             u = ngram_T[t]
             if visitor_U[u] != i:
-                distinct += visitor_U[u] < 0
-                distinct_G[i] += 1
                 visitor_U[u] = i
                 count_U[u] = 0
+                distinct_G[i] += 1
             count_U[u] += 1
             if owner_U[u] == i:
                 first_U[u] = count_U[u]
@@ -255,18 +257,11 @@ def _match(
             elif count_U[u] > second_U[u]:
                 second_U[u] = count_U[u]
         start += lengths_G[i]
-    visitor_U[:] = -1
-    start = 0
-    for i in range(num_responses):
-        for t in range(start, start + lengths_G[i] - order + 1):
-            u = ngram_T[t]
-            if visitor_U[u] != i:
-                visitor_U[u] = i
-                count_U[u] = 0
-            count_U[u] += 1
-            most_elsewhere = second_U[u] if owner_U[u] == i else first_U[u]
-            matches_G[i] += count_U[u] <= most_elsewhere
-        start += lengths_G[i]
+    distinct = 0
+    for u in range(num_ngrams):
+        if owner_U[u] >= 0:  # not across a seam
+            distinct += 1
+            matches_G[owner_U[u]] -= first_U[u] - second_U[u]
     return matches_G, distinct_G, distinct
 
 
