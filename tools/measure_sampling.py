@@ -16,7 +16,7 @@ Weights are uniform in (0, 1), and so are the new ones; no model. Side by side, 
 - multinomial: the least that torch can do for the same draw as the tree's: one torch.multinomial of
   512 without replacement, on a float64 tensor in which the 512 weights are written in place.
 
-torch.multinomial refuses more than 2**24 weights, so at 100M (--large: 0.9 GB for the tree, 2.1 GB
+torch.multinomial refuses more than 2**24 weights, so at 100M (--large: 0.9 GB for the tree, 2.9 GB
 at the peak) the tree and the pass stand alone. The second table is uniform sampling.
 """
 
