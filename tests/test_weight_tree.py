@@ -54,6 +54,14 @@ def test_draws_are_those_of_cumsum_and_searchsorted(size, with_replacement):
         assert actual.dtype == np.int64 and actual.tolist() == expected
 
 
+def test_where_two_stretches_meet_the_later_one_begins():
+    uniforms = np.arange(64) / 64  # k / 64 of 64 ones: exactly between prompts k - 1 and k
+    for with_replacement in (True, False):
+        drawn = WeightTree(np.ones(64)).draw(uniforms, with_replacement=with_replacement)
+        assert drawn.tolist() == _draw_by_cumsum(np.ones(64), uniforms, with_replacement)
+    assert WeightTree(np.ones(64)).draw(uniforms, with_replacement=True).tolist() == [*range(64)]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_with_fractions_draws_differ_from_cumsum_only_where_two_stretches_meet(size):
     rng = np.random.default_rng(size)

@@ -118,7 +118,7 @@ class WeightTree:
         """
         uniforms = np.ascontiguousarray(uniforms, np.float64)
         _check_uniforms(uniforms)
-        excluded = np.unique(self._checked(excluded))
+        excluded = self._checked(excluded)
         excluded_weights = self._nodes[excluded]
         drawn = np.full(len(uniforms), -1, np.int64)
         drawn_weights = np.zeros(len(uniforms))
