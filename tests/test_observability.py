@@ -13,6 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from megatron_mmr1.observability.calibration import (
+    read_calibration,
+    reliability_plot,
+    write_calibration,
+)
 from megatron_mmr1.observability.metrics import MetricsWriter, read_metrics, truncate_after
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.prompt_stats import append_prompt_stats, read_prompt_stats
@@ -35,7 +40,7 @@ seed: 3
 num_steps: {num_steps}
 prompts_per_step: 16
 model: {{path: models/digits-tiny}}
-sampler: {{kind: vas, mixture_ratio: 0.5, alpha: 0.8, beta: 0.2, update_every: 4}}
+sampler: {{preset: posterior, mixture_ratio: 0.5, score: mixed, prior: record}}
 rollout: {{group_size: 8, temperature: 1.0}}
 algorithm: {{clip_low: 0.2, clip_high: 0.2, optimizer_steps_per_batch: {optimizer_steps}}}
 """
@@ -145,6 +150,9 @@ def write_synthetic_run(run_dir, num_steps: int = 40, optimizer_steps: int = 1, 
                     "pass_rate": rate,
                     "ovs": ovs,
                     "tds": tds,
+                    "posterior_a": 1 + 8 * np.nan_to_num(rate),
+                    "posterior_b": 9 - 8 * np.nan_to_num(rate),
+                    "weight": ovs,
                     "vps": 0.8 * ovs + 0.2 * np.where(visited, tds, 0.5),
                     "draws": rng.integers(0, 9, len(ids)),
                     "age": rng.integers(0, 30, len(ids)),
@@ -219,6 +227,9 @@ def test_prompt_stats_append_and_keep_nan(tmp_path):
         "prompt_id": ["a", "b\u2028"],
         "category": ["", "level 1"],
         "pass_rate": np.array([0.5, np.nan]),
+        "posterior_a": [2.0, 1.0],
+        "posterior_b": [2.0, 1.0],
+        "weight": [0.2, 0.1],
         "ovs": [0.25, 0.1],
         "tds": [0.3, 0.4],
         "vps": [0.26, 0.2],
@@ -321,3 +332,18 @@ def test_the_entry_point_is_light_and_names_a_folder_that_is_no_run(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(done.stdout) == []
+
+
+def test_calibration_round_trips_and_is_drawn(tmp_path):
+    assert read_calibration(tmp_path) is None
+    sums_3B = np.zeros((3, 10))
+    sums_3B[:, 4] = 20.0, 9.0, 12.0
+    write_calibration(tmp_path, sums_3B)
+    found = read_calibration(tmp_path)
+    assert found is not None
+    np.testing.assert_array_equal(found, sums_3B)
+    plot = reliability_plot(found)
+    assert "20 groups: predicted 45%, seen 60%" in plot
+    assert plot.count("<circle") == 1  # bins without groups have no point
+    write_synthetic_run(tmp_path, num_steps=8)
+    assert "Is the sampler calibrated?" in write_report(tmp_path).read_text()

@@ -57,7 +57,7 @@ class Run:
     def name(self) -> str:
         """Its folder."""
         arm = self.arm.replace(",", "").replace("+ ", "").replace(" ", "_")
-        return f"{self.pool}/{arm}/lr{self.lr:g}_seed{self.seed}"
+        return f"{self.pool}-{arm}-lr{self.lr:g}-seed{self.seed}"
 
 
 def tuning_runs() -> Iterator[Run]:
@@ -73,7 +73,7 @@ def reported_runs(chosen: Mapping[tuple[str, str], float]) -> Iterator[Run]:
 
 
 def config_of(run: Run, pools: Path, cold_start: Path) -> GrpoConfig:
-    """Return a run's whole configuration, checked."""
+    """Return a run's whole configuration."""
     config = load_config(
         GrpoConfig,
         "experiment",
@@ -92,9 +92,7 @@ def config_of(run: Run, pools: Path, cold_start: Path) -> GrpoConfig:
             "checkpoint.every=0",
         ],
     )
-    config = replace(config, run=run.name)
-    validate(config, 1)
-    return config
+    return replace(config, run=run.name)
 
 
 class Bakeoff:
@@ -140,7 +138,9 @@ class Bakeoff:
         (run_dir / "config.yaml").write_text("{}\n")  # the checkpoint copies it
         error = ""
         try:
-            grpo.train(config_of(run, self.folder, self._cold_start), run_dir, self._engine)
+            config = config_of(run, self.folder, self._cold_start)
+            validate(config, 1)
+            grpo.train(config, run_dir, self._engine)
         except (RuntimeError, ValueError) as fault:
             error = f"{type(fault).__name__}: {fault}"
             traceback.print_exc()
@@ -158,5 +158,5 @@ def result_path(folder: Path, run: Run) -> Path:
 
 def read_results(folder: Path) -> list[dict]:
     """Return the records of all finished runs."""
-    paths = sorted((folder / "runs").glob("*/*/*/result.json"))
+    paths = sorted((folder / "runs").glob("*/result.json"))
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

@@ -143,14 +143,13 @@ def _duration(run: RunRecords) -> tuple[str, str]:
 
 
 def _sampler(run: RunRecords) -> tuple[str, str]:
-    kind = run.config_value("sampler.kind")
-    names = {"vas": "VAS", "uniform": "Uniform", None: "-"}
-    seed = run.config_value("seed")
+    preset, seed = run.config_value("sampler.preset"), run.config_value("seed")
     details = [] if seed is None else [f"seed {seed}"]
-    if kind == "vas":
-        pairs = (("lambda", "mixture_ratio"), ("alpha", "alpha"), ("beta", "beta"))
-        details += [f"{sign} {run.config_value(f'sampler.{key}')}" for sign, key in pairs]
-    return escape(names.get(kind, str(kind))), escape(", ".join(details))
+    for name, key in (("lambda", "mixture_ratio"), ("score", "score"), ("prior", "prior")):
+        value = run.config_value(f"sampler.{key}")
+        if value is not None:
+            details.append(f"{name} {value}")
+    return escape(str(preset or "-")), escape(", ".join(details))
 
 
 def _metrics_table(run: RunRecords) -> str:

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from megatron_mmr1.observability.calibration import reliability_plot
 from megatron_mmr1.observability.plots import stacked_area
 from megatron_mmr1.observability.report_curves import curve_card
 from megatron_mmr1.observability.run_records import RunRecords
@@ -24,16 +25,45 @@ from megatron_mmr1.observability.vps_plots import (
 def sampling_cards(run: RunRecords) -> str:
     """Group composition, the sampler's own metrics, VPS histograms and transitions."""
     mixed = run.series("groups/mixed_rate", "share of groups")
+    predicted = run.series("sampler/mixed_predicted", "predicted of those drawn", 2)
+    curves = [mixed, predicted] if len(predicted.xs) else [mixed]
     cards = [
-        curve_card("Mixed groups", [mixed], run.why_empty(), is_percent=True),
+        curve_card("Mixed groups", curves, run.why_empty(), is_percent=True),
         _composition_card(run),
+        _cost_card(run),
+        _calibration_card(run),
     ]
     for key in run.keys("sampler/"):
+        if key in ("sampler/mixed_predicted", "sampler/mixed_seen"):
+            continue  # drawn above
         series = run.series(key)
         if np.isfinite(series.ys).any():
             name = key.removeprefix("sampler/").replace("_", " ").replace("vps", "VPS")
             cards.append(curve_card(f"Sampler: {name}", [series], ""))
     return f'<div class="grid">{"".join(cards)}{_vps_cards(run)}</div>'
+
+
+def _cost_card(run: RunRecords) -> str:
+    """Responses that were generated and not trained on, where there were any."""
+    names = {
+        "rollout/scoring_responses": "only to score prompts",
+        "rollout/discarded_responses": "without variance, discarded",
+    }
+    series = [run.series(key, name, color) for color, (key, name) in enumerate(names.items())]
+    series = [s for s in series if len(s.xs) and s.ys.any()]
+    if not series:
+        return ""
+    return curve_card("Responses that were not trained on", series, "", from_zero=True)
+
+
+def _calibration_card(run: RunRecords) -> str:
+    if run.calibration is None or not run.calibration.any():
+        return ""
+    note = (
+        "Across: predicted chance that a drawn group is mixed, in ten bins. Up: share that was, "
+        "with its 95% interval. On the diagonal a prediction means what it says."
+    )
+    return card("Is the sampler calibrated?", reliability_plot(run.calibration), note)
 
 
 def _composition_card(run: RunRecords) -> str:

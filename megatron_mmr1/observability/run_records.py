@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_mmr1.observability.calibration import read_calibration
 from megatron_mmr1.observability.metrics import read_metrics
 from megatron_mmr1.observability.plots import Series
 from megatron_mmr1.observability.prompt_stats import read_prompt_stats
@@ -21,6 +22,7 @@ class RunRecords:
     run_dir: Path
     rows: list[dict[str, Any]]
     prompt_stats: dict[str, np.ndarray]
+    calibration: np.ndarray | None
     config_text: str
     config: dict[str, Any]
 
@@ -60,6 +62,7 @@ def read_run(run_dir: Path) -> RunRecords:
         run_dir=run_dir,
         rows=read_metrics(run_dir),
         prompt_stats=read_prompt_stats(run_dir),
+        calibration=read_calibration(run_dir),
         config_text=config_text,
         config=yaml.safe_load(config_text) or {},
     )

@@ -82,6 +82,12 @@ class Sampler(ABC):
     def metrics(self) -> dict[str, float]:
         """Return numbers for the log, keys "sampler/..."."""
 
+    def calibration(self) -> np.ndarray | None:
+        """Return sums by bin of the predicted chance of a mixed group, float64 [3, bins]: groups,
+        predictions, mixed groups; None where nothing is predicted.
+        """
+        return None
+
     def __iter__(self) -> Iterator[list[Draw]]:
         while True:
             yield self.next_batch()

@@ -254,6 +254,11 @@ class VasSampler(Sampler):
             **self.estimator.metrics(),
         }
 
+    def calibration(self) -> np.ndarray | None:
+        """Return how predictions of mixed groups did, if any were made."""
+        known = self.estimator
+        return known.reliability.sums_3B if isinstance(known, Posterior) else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that later draws depend on (generators as JSON: 128-bit integers)."""
         return {

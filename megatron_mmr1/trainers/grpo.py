@@ -52,7 +52,7 @@ def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
                     metrics["rollout/responses_total"] = float(num_responses)
                     is_last = step == config.num_steps or 0 < config.max_responses <= num_responses
                     records.write_groups(step, collected, parts.train_set)
-                    records.write_prompt_stats(parts.sampler.update_table())
+                    records.write_sampler(parts.sampler)
                     if config.replay is None and _is_due(step, config.evaluation.every, is_last):
                         metrics |= _evaluate(config, parts)
                         is_best = metrics["eval/accuracy_sampled"] > best

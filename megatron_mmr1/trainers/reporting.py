@@ -10,15 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.convert.hf_files import write_hf_folder
 from megatron_mmr1.data.dataset import DemonstrationDataset, PromptDataset
+from megatron_mmr1.observability.calibration import write_calibration
 from megatron_mmr1.observability.metrics import MetricsWriter, truncate_after
 from megatron_mmr1.observability.prompt_stats import append_prompt_stats
 from megatron_mmr1.observability.rollouts import write_rollouts
+from megatron_mmr1.sampling.base import Sampler
 from megatron_mmr1.types import Prompt, ScoredGroup
 
 if TYPE_CHECKING:
@@ -56,10 +56,15 @@ class Recorder:
             self._run_dir, step, with_images(collected.groups), with_images(collected.discarded)
         )
 
-    def write_prompt_stats(self, table: dict[str, np.ndarray] | None) -> None:
-        """Append the sampler's table, if its scores were renewed."""
-        if table is not None and parallel.is_main():
+    def write_sampler(self, sampler: Sampler) -> None:
+        """Append the sampler's table, if its scores were renewed; rewrite its calibration."""
+        table, calibration = sampler.update_table(), sampler.calibration()
+        if not parallel.is_main():
+            return
+        if table is not None:
             append_prompt_stats(self._run_dir, table)
+        if calibration is not None:
+            write_calibration(self._run_dir, calibration)
 
     def close(self) -> None:
         """Close the metrics files."""
