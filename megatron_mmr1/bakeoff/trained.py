@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from megatron_mmr1.bakeoff.pools import MIXES
+from megatron_mmr1.bakeoff.digit_pools import MIXES
 from megatron_mmr1.cli import load_config
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.config.validate import validate
@@ -120,7 +120,7 @@ class Bakeoff:
 
     def build_pools(self) -> None:
         """Measure the candidates and write the pools, unless they are there."""
-        from megatron_mmr1.bakeoff.pools import build_pools
+        from megatron_mmr1.bakeoff.digit_pools import build_pools
         from megatron_mmr1.rewards import VerifierPool
 
         with VerifierPool(self._reward) as verifier:

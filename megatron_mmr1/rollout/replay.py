@@ -32,7 +32,7 @@ class ReplayEngine:
                 another size.
         """
         rows = self._read_step(sampling.step)
-        recorded = {(row["prompt_id"], row["occurrence"]): row for row in rows}
+        recorded = {(row["prompt_id"], row.get("occurrence", 0)): row for row in rows}
         for prompt in prompts:
             row = recorded.get(prompt.key)
             if row is None or len(row["rollouts"]) != sampling.group_size:

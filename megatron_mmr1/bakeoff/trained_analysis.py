@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mmr1.bakeoff.pools import MIXES
+from megatron_mmr1.bakeoff.digit_pools import MIXES
 from megatron_mmr1.bakeoff.trained import ARMS, REPORTED_SEEDS, TUNING_SEEDS, Run
 
 MEASURES = ("eval/accuracy_sampled", "eval/accuracy_sampled/frontier")
