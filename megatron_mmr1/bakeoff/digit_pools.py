@@ -1,10 +1,12 @@
 """Pools of the embedded task whose difficulty is known: prompts sorted by what the cold start makes
 of them.
 
-Many candidates are sampled 16 times each by the cold start. A prompt is "trivial" when all 16 are
-right, "impossible" when none is, and "frontier" else. A pool is drawn from the three in a given
-mix; a held-out set, of unseen scans, likewise. The training file's `category` is the level of the
-task (`sum2`, ...), the held-out file's the class, so that accuracies are reported by class.
+Many candidates are sampled 16 times each by the cold start. A prompt is "trivial" when at most one
+of the 16 is wrong, "impossible" when at most one is right, and "frontier" else. A pool is drawn from
+the three in a given mix. There is one held-out set, of unseen scans, with more of the frontier than
+any pool, since that is where accuracies differ; accuracy on a pool's own mix is the mean over
+classes, weighted by the mix. The training files' `category` is the level of the task (`sum2`, ...),
+the held-out file's the class, so that accuracies are reported by class.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from megatron_mmr1.evaluation.accuracy import generate_and_judge
 from megatron_mmr1.rewards import VerifierPool
 from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
 
-CLASSES = ("trivial", "impossible", "frontier")
 MIXES = {
     "balanced": {"trivial": 0.30, "impossible": 0.30, "frontier": 0.40},
     "skewed": {"trivial": 0.45, "impossible": 0.40, "frontier": 0.15},
 }
-NUM_TRAIN, NUM_HELDOUT = 2000, 400
+NUM_TRAIN = 2000
+HELDOUT = {"trivial": 60, "impossible": 100, "frontier": 320}
 NUM_SAMPLES = 16
 _NUM_CANDIDATES = {"train": 9000, "heldout": 2400}
 _SEED = 12345  # of the candidates and of their rollouts: no run has it
@@ -37,12 +39,12 @@ _SEED = 12345  # of the candidates and of their rollouts: no run has it
 def build_pools(
     folder: Path, engine: RolloutEngine, verifier: VerifierPool, processor: PromptProcessor
 ) -> None:
-    """Write `folder`/POOL/train.parquet and heldout.parquet for every pool; finished ones stay.
+    """Write `folder`/POOL.parquet for every pool, and heldout.parquet; finished ones stay.
 
     Args:
         engine: holds the cold start.
     """
-    wanted = [folder / pool / f"{part}.parquet" for pool in MIXES for part in _NUM_CANDIDATES]
+    wanted = [folder / f"{name}.parquet" for name in (*MIXES, "heldout")]
     if all(path.exists() for path in wanted):
         return
     build_digits(
@@ -54,11 +56,15 @@ def build_pools(
         train_mix={**POOL_MIX, "read1": 2.5},  # or there would be too few trivial ones
     )
     rng = np.random.default_rng(_SEED)
-    for part, num_rows in (("train", NUM_TRAIN), ("heldout", NUM_HELDOUT)):
+    for part in _NUM_CANDIDATES:
         path = folder / "candidates" / f"{part}.parquet"
         classes = _classes(path, engine, verifier, processor)
+        if part == "heldout":
+            _write(folder / "heldout.parquet", path, classes, HELDOUT, rng)
+            continue
         for pool, mix in MIXES.items():
-            _write(folder / pool / f"{part}.parquet", path, classes, mix, num_rows, rng)
+            counts = {name: round(share * NUM_TRAIN) for name, share in mix.items()}
+            _write(folder / f"{pool}.parquet", path, classes, counts, rng)
 
 
 def _classes(
@@ -79,21 +85,23 @@ def _classes(
             print(f"{path.name}: {len(rates)} of {len(dataset)} candidates measured", flush=True)
         np.save(measured, np.array(rates))
     rates = np.load(measured)
-    return np.where(rates == 1, "trivial", np.where(rates == 0, "impossible", "frontier"))
+    num_right = np.rint(rates * NUM_SAMPLES)
+    return np.select(
+        [num_right >= NUM_SAMPLES - 1, num_right <= 1], ["trivial", "impossible"], "frontier"
+    )
 
 
 def _write(
     path: Path,
     candidates: Path,
     classes: np.ndarray,
-    mix: Mapping[str, float],
-    num_rows: int,
+    counts: Mapping[str, int],
     rng: np.random.Generator,
 ) -> None:
     """Draw rows of each class without replacement and write them in random order."""
     rows: list[int] = []
-    for name in CLASSES:
-        found, wanted = np.flatnonzero(classes == name), round(mix[name] * num_rows)
+    for name, wanted in counts.items():
+        found = np.flatnonzero(classes == name)
         if len(found) < wanted:
             raise ValueError(
                 f"{candidates} has {len(found)} {name} prompts and the pool takes {wanted}; raise "
