@@ -14,7 +14,8 @@ import numpy as np
 from megatron_mmr1.bakeoff.digit_pools import MIXES
 from megatron_mmr1.bakeoff.trained import ARMS, REPORTED_SEEDS, TUNING_SEEDS, Run
 
-MEASURES = ("eval/accuracy_sampled", "eval/accuracy_sampled/frontier")
+MEASURES = ("own mix", "frontier")  # of held-out accuracy
+_ACCURACY = "eval/accuracy_sampled"
 NUM_RESAMPLES = 4000
 NUM_POINTS = 41
 
@@ -39,7 +40,8 @@ class Result:
     @classmethod
     def of_record(cls, record: dict) -> Result:
         """Read what `Bakeoff.make` wrote."""
-        rows = [row for row in record["rows"] if row.get(MEASURES[0]) is not None]
+        run = Run(**record["run"])
+        rows = [row for row in record["rows"] if row.get(f"{_ACCURACY}/frontier") is not None]
         steps = [row for row in record["rows"] if row["step"] > 0]
 
         def mean(name: str) -> float:
@@ -49,10 +51,13 @@ class Result:
         means = {name: mean(name) for name in ("groups/mixed_rate", "grad_norm", "sampler/brier")}
         means["sampler/coverage"] = steps[-1]["sampler/coverage"] if steps else float("nan")
         return cls(
-            Run(**record["run"]),
+            run,
             record["error"],
             np.array([row.get("rollout/responses_total", 0.0) for row in rows]),
-            {name: np.array([row[name] for row in rows], float) for name in MEASURES},
+            {
+                "own mix": np.array([_of_mix(row, MIXES[run.pool]) for row in rows], float),
+                "frontier": np.array([row[f"{_ACCURACY}/frontier"] for row in rows], float),
+            },
             means,
         )
 
@@ -63,6 +68,11 @@ class Result:
     def curve(self, measure: str, axis_X: np.ndarray) -> np.ndarray:
         """Return the accuracy after so many responses, by straight lines between evaluations."""
         return np.interp(axis_X, self.responses, self.accuracy[measure])
+
+
+def _of_mix(row: Mapping[str, float], mix: Mapping[str, float]) -> float:
+    """Return the accuracy on a pool's own mix of classes."""
+    return sum(share * row[f"{_ACCURACY}/{name}"] for name, share in mix.items())
 
 
 def chosen_learning_rates(results: Sequence[Result]) -> dict[tuple[str, str], float]:
