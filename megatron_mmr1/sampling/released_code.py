@@ -6,7 +6,7 @@ what no other sampler of ours does:
 - accuracies, not verdicts, make the OVS: a wrong multiple choice counts 0.1, so that a group
   without a right answer looks as if it had variance;
 - with beta > 0, the raw self-BLEU, a similarity, is added in place of a diversity, over responses
-  that are padded at the right (diversity.padded_self_bleu);
+  that are padded at the right (`sampler.diversity=padded_self_bleu`, see diversity.py);
 - the scores are min-max normalised after they were combined: the lowest has weight 0, and equal
   ones are all 0;
 - the uniform half is one permutation that is never shuffled again, and its tail is dropped at each

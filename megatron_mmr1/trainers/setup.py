@@ -88,7 +88,7 @@ def build_parts(config: GrpoConfig, run_dir: Path) -> Iterator[Parts]:
     engine = _build_engine(config, processor)
     with (
         VerifierPool(config.reward) as verifier,
-        Statistician(config.sampler.diversity) as statistician,
+        Statistician(config.sampler.diversity, config.rollout.max_response_tokens) as statistician,
     ):
         yield Parts(
             policy=policy,
