@@ -242,7 +242,7 @@ def _match(
         for t in range(start, start + lengths_G[i] - order + 1):
             u = ngram_T[t]
             if visitor_U[u] != i:
-                distinct += visitor_U[u] < 0
+                distinct += int(visitor_U[u] < 0)
                 distinct_G[i] += 1
                 visitor_U[u] = i
                 count_U[u] = 0

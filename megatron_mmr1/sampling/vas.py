@@ -119,7 +119,8 @@ class VasSampler(Sampler):
         """Draw the scored half, then the uniform half, and shuffle the two.
 
         Shuffled, since several optimizer steps may cut a batch in its order, and without
-        replacement high scores tend to come first. A refill of the same step takes other prompts, as long as there are enough.
+        replacement high scores tend to come first. A refill of the same step takes other prompts,
+        as long as there are enough.
         """
         taken = set[int]() if self.config.with_replacement else self._drawn.drawn
         if len(taken) + self.batch_size > len(self.pool.ids):
