@@ -96,7 +96,7 @@ def test_the_evaluation_composes_and_is_valid_greedily_too(files: Path):
 
 def test_an_experiment_states_only_its_difference_and_the_command_line_wins(files: Path):
     vas, uniform = grpo(files), grpo(files, "experiment=digits_uniform", "optimizer.lr=1")
-    assert (vas.sampler.kind, uniform.sampler.kind) == ("vas", "uniform")
+    assert (vas.sampler.preset, uniform.sampler.preset) == ("posterior", "uniform")
     assert uniform.optimizer.lr == 1.0
     assert type(uniform.optimizer.lr) is float
     same = replace(uniform, experiment="digits", sampler=vas.sampler, optimizer=vas.optimizer)
@@ -210,8 +210,36 @@ GRPO_FAULTS = [
     ("model.kernels=cuda", "model.kernels='cuda' ", "auto or triton or torch"),
     ("algorithm.optimizer_steps_per_batch=0", "algorithm.optimizer_steps_per_batch=0 ", "use 1"),
     ("algorithm.optimizer_steps_per_batch=3", "prompts_per_step=32 ", "use a multiple of 3"),
-    ("sampler.kind=random", "sampler.kind='random' ", "vas or uniform"),
+    ("sampler.estimator=vas", "sampler.estimator='vas' ", "posterior or refresh or released_code"),
+    ("sampler.score=ovs", "sampler.score='ovs' ", "vps or variance or mixed or calibrated"),
+    ("sampler.prior=source", "sampler.prior='source' ", "record or category or global"),
+    ("sampler.diversity=bleu", "sampler.diversity='bleu' ", "self_bleu or distinct_n or edit_dist"),
+    (
+        "sampler.diversity=padded_self_bleu",
+        "sampler.diversity='padded_self_bleu' ",
+        "use self_bleu",
+    ),
     ("sampler.mixture_ratio=1.5", "sampler.mixture_ratio=1.5 ", "use 0 to 1"),
+    ("sampler.mixture_ratio=nan", "sampler.mixture_ratio=nan ", "use 0 to 1"),
+    ("sampler.final_mixture_ratio=-1", "sampler.final_mixture_ratio=-1.0 ", "use 0 to 1"),
+    ("sampler.floor=1.1", "sampler.floor=1.1 ", "use 0 to 1"),
+    ("sampler.discount=0", "sampler.discount=0.0 ", "use 0.97"),
+    ("sampler.discount=1.01", "sampler.discount=1.01 ", "use 0.97"),
+    ("sampler.prior_discount=0", "sampler.prior_discount=0.0 ", "at most 1"),
+    ("sampler.power=0", "sampler.power=0.0 ", "use a larger"),
+    ("sampler.max_refills=-1", "sampler.max_refills=-1 ", "use 0 or more"),
+    ("sampler.scoring_rollouts=8", "sampler.scoring_rollouts=8 ", "use 0"),
+    ("sampler.estimator=refresh", "sampler.scoring_rollouts=0 ", "use 2 or more"),
+    (
+        "sampler={estimator: released_code, scoring_rollouts: 1}",
+        "sampler.scoring_rollouts=1 ",
+        "use 2 or more",
+    ),
+    (
+        "sampler={thompson: true, score: calibrated}",
+        "sampler.thompson=True ",
+        "use vps, variance or mixed",
+    ),
     ("sampler.alpha=-1", "sampler.alpha=-1.0 ", "use 0 or more"),
     ("sampler={alpha: 0, beta: 0}", "sampler.alpha=0.0 and sampler.beta=0.0 ", "raise one"),
     ("sampler.update_every=0", "sampler.update_every=0 ", "use 1 or more"),
@@ -249,6 +277,13 @@ def test_a_bad_grpo_setting_gives_key_value_and_remedy(
     message = message_of(validate, OmegaConf.to_object(config), 1)
     assert message.startswith(start)
     assert remedy in message
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (cli.CONF_DIR / "sampler").iterdir()])
+def test_every_sampler_preset_composes_and_is_valid(files: Path, name: str):
+    config = grpo(files, f"sampler={name}")
+    assert config.sampler.preset == name
+    validate(config, world_size=1)
 
 
 def test_a_layout_must_fit_the_processes_and_the_lengths(files: Path):
@@ -404,9 +439,9 @@ def test_resuming_needs_the_saved_config(files: Path, tmp_path: Path):
     assert open_run_dir(again, "20260131") == run_dir
     laid_anew = replace(again, parallel=ParallelConfig(tp_size=2), max_tokens_per_microbatch=128)
     assert open_run_dir(laid_anew, "20260131") == run_dir
-    other = replace(again, seed=7, sampler=replace(again.sampler, kind="uniform"))
+    other = replace(again, seed=7, sampler=replace(again.sampler, score="vps"))
     message = message_of(open_run_dir, other, "20260131")
-    assert "differs: sampler.kind=uniform here, vas there; seed=7 here, 0 there;" in message
+    assert "differs: sampler.score=vps here, mixed there; seed=7 here, 0 there;" in message
     assert "another run=" in message
     (run_dir / "config.yaml").rename(run_dir / "config.txt")
     assert "has no config.yaml" in message_of(open_run_dir, again, "20260131")
@@ -502,5 +537,5 @@ def test_help_shows_the_experiments_and_every_default(tmp_path: Path):
     assert (process.returncode, errors) == (0, "")
     assert "experiments: digits, digits_uniform (default: digits)" in output
     assert "experiment: digits_uniform\n" in output
-    assert "  kind: uniform\n" in output
+    assert "  preset: uniform\n" in output
     assert on_rank_1.communicate() == ("", "")

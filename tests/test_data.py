@@ -395,16 +395,22 @@ def test_the_loader_draws_no_batch_ahead_and_leaves_the_global_generator_alone(
     drawn = []
 
     def draws():
-        for batch in ([3, 1], [1, 3]):
+        for batch in ([(3, 0), (1, 0)], [(1, 1), (3, 0), (1, 2)]):
             drawn.append(batch)
             yield batch
 
     state = torch.get_rng_state()
     loader = iter(build_loader(prompts, draws()))
     first = next(loader)
-    assert drawn == [[3, 1]]
+    assert drawn == [[(3, 0), (1, 0)]]
     assert [prompt.prompt_id for prompt in first] == [prompts.prompt_ids[i] for i in (3, 1)]
-    assert next(loader)[1] is first[0]
+    again, same, third = next(loader)
+    assert same is first[0]
+    # drawn once more for the same step: the same prompt, and another group
+    assert [prompt.occurrence for prompt in (*first, again, third)] == [0, 0, 1, 2]
+    assert len({prompt.key for prompt in (*first, again, third)}) == 4
+    assert again.prompt_id == third.prompt_id == first[1].prompt_id
+    assert again.token_ids is first[1].token_ids
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -81,7 +81,8 @@ class SamplerConfig:
     power: float = 2.0  # of a posterior's score
     alpha: float = 0.8  # of OVS in the VPS
     beta: float = 0.2  # of TDS
-    diversity: str = "self_bleu"  # self_bleu | distinct_n | edit_distance
+    # self_bleu | distinct_n | edit_distance | padded_self_bleu (of released_code alone)
+    diversity: str = "self_bleu"
     update_every: int = 4  # steps; at the end of each epoch besides
     scoring_rollouts: int = 0  # a prompt, for estimators that ask for them
     mixture_ratio: float = 0.5

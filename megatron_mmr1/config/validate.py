@@ -283,7 +283,14 @@ def _check_optimizer(config: OptimizerConfig, num_optimizer_steps: int) -> None:
 def _check_sampler(config: SamplerConfig, group_size: int) -> None:
     _choice("sampler.estimator", config.estimator, ("posterior", "refresh", "released_code"))
     _choice("sampler.score", config.score, ("vps", "variance", "mixed", "calibrated"))
-    _choice("sampler.diversity", config.diversity, ("self_bleu", "distinct_n", "edit_distance"))
+    measures = ("self_bleu", "distinct_n", "edit_distance", "padded_self_bleu")
+    _choice("sampler.diversity", config.diversity, measures)
+    _require(
+        config.diversity != "padded_self_bleu" or config.estimator == "released_code",
+        "sampler.diversity",
+        config.diversity,
+        "is a similarity, for sampler.estimator=released_code alone; use self_bleu",
+    )
     _choice("sampler.prior", config.prior, ("record", "category", "global"))
     for key in ("mixture_ratio", "final_mixture_ratio", "floor"):
         value = getattr(config, key)

@@ -6,7 +6,7 @@ what no other sampler of ours does:
 - accuracies, not verdicts, make the OVS: a wrong multiple choice counts 0.1, so that a group
   without a right answer looks as if it had variance;
 - with beta > 0, the raw self-BLEU, a similarity, is added in place of a diversity, over responses
-  that are padded at the right (diversity.padded_self_bleu);
+  that are padded at the right (`sampler.diversity=padded_self_bleu`, see diversity.py);
 - the scores are min-max normalised after they were combined: the lowest has weight 0, and equal
   ones are all 0;
 - the uniform half is one permutation that is never shuffled again, and its tail is dropped at each
@@ -41,10 +41,7 @@ class ReleasedCode(Refresh):
     def all_scores(self, version: int, rng: np.random.Generator) -> np.ndarray:
         """Return the combined scores, min-max normalised."""
         raw_P = super().all_scores(version, rng)
-        lowest, highest = raw_P.min(initial=0.0), raw_P.max(initial=0.0)
-        if len(raw_P):
-            lowest = raw_P.min()
-        spread = highest - lowest
+        lowest, spread = raw_P.min(), np.ptp(raw_P)
         return (raw_P - lowest) / spread if spread > 0 else np.zeros_like(raw_P)
 
 
@@ -52,8 +49,12 @@ class OnePermutation:
     """The released code's uniform half; has the methods of passes.UniformPasses."""
 
     def __init__(self, num_prompts: int, seed: int):
-        self._order_P = np.random.Generator(np.random.PCG64(seed)).permutation(num_prompts)
-        self._cursor = 0
+        self._num_prompts = num_prompts
+        self._begin(seed)
+
+    def _begin(self, seed: int) -> None:
+        self._seed, self._cursor = seed, 0
+        self._order_P = np.random.Generator(np.random.PCG64(seed)).permutation(self._num_prompts)
 
     def take(self, num: int, taken: Collection[int] = ()) -> list[int]:
         """Take the next `num`; from the start again where fewer are left. `taken` is not read."""
@@ -64,9 +65,9 @@ class OnePermutation:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where it stands."""
-        return {"cursor": self._cursor, "num_prompts": len(self._order_P)}
+        return {"seed": self._seed, "cursor": self._cursor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; from the start when it was of another number of prompts."""
-        is_same = state["num_prompts"] == len(self._order_P)
-        self._cursor = state["cursor"] if is_same else 0
+        """Continue from `state`, of as many prompts, with its seed."""
+        self._begin(state["seed"])
+        self._cursor = state["cursor"]

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
 
-from megatron_mmr1.sampling.diversity import DIVERSITY_MEASURES
+from megatron_mmr1.sampling.diversity import DIVERSITY_MEASURES, padded_self_bleu
 from megatron_mmr1.types import GroupKey, RolloutGroup, ScoredGroup
 
 NUM_COLUMNS = 5
@@ -78,10 +79,14 @@ class Statistician:
 
     Args:
         measure: a name in diversity.DIVERSITY_MEASURES.
+        max_response_tokens: what padded_self_bleu pads to, as the released code does; None = the
+            longest of the group. Other measures pad nothing.
     """
 
-    def __init__(self, measure: str) -> None:
+    def __init__(self, measure: str, max_response_tokens: int | None = None) -> None:
         self._measure = DIVERSITY_MEASURES[measure]
+        if measure == "padded_self_bleu":  # with a token that no response has
+            self._measure = partial(padded_self_bleu, pad_id=-1, length=max_response_tokens)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="diversity")
         self._diversity: dict[GroupKey, Future[float]] = {}
 

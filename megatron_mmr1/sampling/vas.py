@@ -118,8 +118,9 @@ class VasSampler(Sampler):
     def next_batch(self) -> list[Draw]:
         """Draw the scored half, then the uniform half, and shuffle the two.
 
-        Shuffled, since several optimizer steps may cut a batch in its order. A refill of the same
-        step takes other prompts, as long as there are enough.
+        Shuffled, since several optimizer steps may cut a batch in its order, and without
+        replacement high scores tend to come first. A refill of the same step takes other prompts,
+        as long as there are enough.
         """
         taken = set[int]() if self.config.with_replacement else self._drawn.drawn
         if len(taken) + self.batch_size > len(self.pool.ids):
@@ -128,7 +129,7 @@ class VasSampler(Sampler):
         if not self.config.with_replacement:
             taken |= set(scored)
         batch = scored + self.passes.take(self.batch_size - len(scored), taken)
-        if 0 < len(scored) < len(batch):
+        if scored:
             batch = self.rng.permutation(batch).tolist()
         np.add.at(self.draws_P, batch, 1)
         self.num_drawn += len(batch)
@@ -295,7 +296,9 @@ class VasSampler(Sampler):
                 f"sampler.estimator={self.config.estimator!r}, and the checkpoint's is"
                 f" {state['estimator']!r}; resume with the same, or start another run"
             )
-        notice = self._match(state) if state["ids"] != list(self.pool.ids) else ""
+        notice = ""
+        if state["ids"] != list(self.pool.ids):
+            state, notice = self._matched(state)
         known = state["known"]
         if state["strata"] != self.strata.tolist() and "moments" in known:
             known = known | {"moments": self._matched_moments(known["moments"], state["strata"])}
@@ -314,24 +317,27 @@ class VasSampler(Sampler):
         self._is_table_due = False
         return notice
 
-    def _match(self, state: dict[str, Any]) -> str:
-        """Rewrite `state`, of other prompts, for these ones; say how many are new or gone."""
+    def _matched(self, state: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Return `state`, of other prompts, for these ones; say how many are new or gone."""
         place = {prompt_id: i for i, prompt_id in enumerate(state["ids"])}
         old_P = np.array([place.get(prompt_id, -1) for prompt_id in self.pool.ids], np.int64)
         is_old_P = old_P >= 0
-        fresh = self.state_dict()
-        for mine, saved in (
-            (fresh["known"]["prompts"], state["known"]["prompts"]),
-            (fresh["prompts"], state["prompts"]),
-        ):
-            for name, values_P in mine.items():
-                values_P = values_P.copy()
+
+        def match(fresh: dict[str, np.ndarray], saved: dict[str, np.ndarray]) -> dict[str, Any]:
+            matched = {name: values_P.copy() for name, values_P in fresh.items()}
+            for name, values_P in matched.items():
                 values_P[is_old_P] = saved[name][old_P[is_old_P]]
-                saved[name] = values_P
-        tds_P = state["known"]["prompts"]["tds"].astype(np.float64)
-        state["known"]["tds"] = float(np.nansum(tds_P)), int((~np.isnan(tds_P)).sum())
+            return matched
+
+        fresh = self.state_dict()
+        known = match(fresh["known"]["prompts"], state["known"]["prompts"])
+        tds_P = known["tds"].astype(np.float64)
+        total = float(np.nansum(tds_P)), int((~np.isnan(tds_P)).sum())
         num_new, num_gone = int((~is_old_P).sum()), len(place) - int(is_old_P.sum())
-        return (
+        return state | {
+            "known": state["known"] | {"prompts": known, "tds": total},
+            "prompts": match(fresh["prompts"], state["prompts"]),
+        }, (
             f"data.train is not the checkpoint's: {num_new} prompts are new, {num_gone} are gone,"
             f" {int(is_old_P.sum())} were matched by id; the uniform half begins a new pass"
         )

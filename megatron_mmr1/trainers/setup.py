@@ -90,7 +90,7 @@ def build_parts(
     engine = engine or build_engine(config, processor)
     with (
         VerifierPool(config.reward) as verifier,
-        Statistician(config.sampler.diversity) as statistician,
+        Statistician(config.sampler.diversity, config.rollout.max_response_tokens) as statistician,
     ):
         yield Parts(
             policy=policy,
