@@ -4,9 +4,9 @@ of them.
 Many candidates are sampled 16 times each by the cold start. A prompt is "trivial" when at most one
 of the 16 is wrong, "impossible" when at most one is right, and "frontier" else. A pool is drawn
 from the three in a given mix. There is one held-out set, of unseen scans, with more of the
-frontier than any pool, since that is where accuracies differ; accuracy on a pool's own mix is the mean over
-classes, weighted by the mix. The training files' `category` is the level of the task (`sum2`, ...),
-the held-out file's the class, so that accuracies are reported by class.
+frontier than any pool, since that is where accuracies differ; accuracy on a pool's own mix is the
+mean over classes, weighted by the mix. The training files' `category` is the level of the task
+(`sum2`, ...), the held-out file's the class, so that accuracies are reported by class.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ They see response tokens only: callers strip prompts and padding. How TDS enters
 prompt is `scores.py`'s business.
 
 Departure from the released code: it adds the raw self-BLEU, a similarity, with a positive weight,
-and takes it over right-padded responses. `padded_self_bleu` is that number, only for the preset
-that reproduces the released code.
+and takes it over right-padded responses. `padded_self_bleu` is that number, a fourth name only for
+the estimator that reproduces the released code.
 
 The loops over tokens are compiled by numba at their first call, into a cache on disk, and release
 the GIL, so that a thread can score one group while the engine generates the next.
@@ -104,13 +104,6 @@ def edit_distance(responses: Sequence[Sequence[int]]) -> float:
     return float(((distance_GG[pairs] / longer_GG[pairs]) ** 2).mean())
 
 
-DIVERSITY_MEASURES: dict[str, Callable[[Sequence[Sequence[int]]], float]] = {
-    "self_bleu": tds,
-    "distinct_n": distinct_n,
-    "edit_distance": edit_distance,
-}
-
-
 def padded_self_bleu(
     responses: Sequence[Sequence[int]], pad_id: int = 0, length: int | None = None
 ) -> float:
@@ -137,6 +130,14 @@ def padded_self_bleu(
     precision_NG = np.maximum(counts.matches_NG, 0.1) / np.maximum(counts.ngrams_NG, 1)
     bleu_G = np.exp(np.log(precision_NG).mean(axis=0))
     return float(np.where(counts.matches_NG[0] > 0, bleu_G, 0.0).mean())
+
+
+DIVERSITY_MEASURES: dict[str, Callable[[Sequence[Sequence[int]]], float]] = {
+    "self_bleu": tds,
+    "distinct_n": distinct_n,
+    "edit_distance": edit_distance,
+    "padded_self_bleu": padded_self_bleu,  # a similarity: estimator released_code alone may have it
+}
 
 
 class _NgramCounts(NamedTuple):
