@@ -29,6 +29,7 @@ ARROWS = {
     "planning": BASE,
     "parity": BASE | {"algorithms", "backend", "convert", "data", "device", "kernels"},
     "trainers": EVERYTHING,
+    "bakeoff": EVERYTHING,
     "cli": {"config"},
     "train": EVERYTHING,
     "sft": EVERYTHING,
