@@ -24,8 +24,8 @@ def words(num_finished: int, num_runs: int) -> str:
     """Say how it was done, and how far it is."""
     rates = ", ".join(f"{lr:g}" for lr in LEARNING_RATES)
     return (
-        f"Every run may generate {BUDGET:,} responses, whatever for, from the same cold start. Each "
-        f"arm's learning rate is the best of {rates} on {len(TUNING_SEEDS)} seeds that are not "
+        f"Every run may generate {BUDGET:,} responses, whatever for, from the same cold start. "
+        f"Each arm's learning rate is the best of {rates} on {len(TUNING_SEEDS)} seeds that are not "
         f"reported; reported are {len(REPORTED_SEEDS)} others. Intervals are 95%, bootstrap over "
         "seeds (somewhat narrow with six). The last cost column is relative to uniform: below 1 is "
         "fewer responses; inf: not within the budget. "
