@@ -25,7 +25,7 @@ def words(num_finished: int, num_runs: int) -> str:
     rates = ", ".join(f"{lr:g}" for lr in LEARNING_RATES)
     return (
         f"Every run may generate {BUDGET:,} responses, whatever for, from the same cold start. "
-        f"Each arm's learning rate is the best of {rates} on {len(TUNING_SEEDS)} seeds that are not "
+        f"Each arm's learning rate is the best of {rates} on {len(TUNING_SEEDS)} seeds that aren't "
         f"reported; reported are {len(REPORTED_SEEDS)} others. Intervals are 95%, bootstrap over "
         "seeds (somewhat narrow with six). The last cost column is relative to uniform: below 1 is "
         "fewer responses; inf: not within the budget. "
