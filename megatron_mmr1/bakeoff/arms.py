@@ -49,7 +49,10 @@ def preset(name: str) -> SamplerConfig:
 
 
 def arms() -> list[Arm]:
-    """Return all of them; "oracle" first, "uniform" second."""
+    """Return all of them; "oracle" first, "uniform" second.
+
+    Variants of a posterior differ from the preset in what their name says, and in nothing else.
+    """
     posterior = preset("posterior")
     found = [Arm("oracle", None)]
     found += [
@@ -68,19 +71,19 @@ def arms() -> list[Arm]:
         name = f"posterior {score}" + (" Thompson" if is_thompson else "")
         for ratio in (0.5, 1.0):
             config = replace(posterior, score=score, thompson=is_thompson, mixture_ratio=ratio)
-            found.append(Arm(f"{name}, lambda {ratio:g}", config))
-    plain = replace(posterior, score="mixed", thompson=False, mixture_ratio=1.0)
+            if config != posterior:
+                found.append(Arm(f"{name}, lambda {ratio:g}", config))
     found += [
-        Arm("prior global, lambda 1", replace(plain, prior="global")),
-        Arm("prior Beta(1, 1), lambda 1", replace(plain, prior="global"), is_flat=True),
-        Arm("prior category, lambda 1 (told)", replace(plain, prior="category"), is_told=True),
+        Arm("prior global", replace(posterior, prior="global")),
+        Arm("prior Beta(1, 1)", replace(posterior, prior="global"), is_flat=True),
+        Arm("prior category (told)", replace(posterior, prior="category"), is_told=True),
     ]
     max_refills = preset("dapo").max_refills
     found.append(Arm("dapo", preset("dapo")))
     found += [
         Arm(
             f"posterior + dapo, lambda {ratio:g}",
-            replace(plain, mixture_ratio=ratio, max_refills=max_refills),
+            replace(posterior, mixture_ratio=ratio, max_refills=max_refills),
         )
         for ratio in (0.5, 1.0)
     ]
