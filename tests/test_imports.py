@@ -28,6 +28,7 @@ ARROWS = {
     "observability": BASE,
     "planning": BASE,
     "parity": BASE | {"algorithms", "backend", "convert", "data", "device", "kernels"},
+    "bakeoff": BASE | {"cli", "observability", "sampling"},
     "trainers": EVERYTHING,
     "bakeoff": EVERYTHING,
     "cli": {"config"},

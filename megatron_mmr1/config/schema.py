@@ -78,20 +78,20 @@ class SamplerConfig:
     estimator: str = "posterior"
     score: str = "mixed"  # of a posterior: vps | variance | mixed | calibrated
     thompson: bool = False  # of a pass rate drawn from the posterior
-    power: float = 2.0  # of a posterior's score
+    power: float = 3.0  # of a posterior's score
     alpha: float = 0.8  # of OVS in the VPS
     beta: float = 0.2  # of TDS
     # self_bleu | distinct_n | edit_distance | padded_self_bleu (of released_code alone)
     diversity: str = "self_bleu"
     update_every: int = 4  # steps; at the end of each epoch besides
     scoring_rollouts: int = 0  # a prompt, for estimators that ask for them
-    mixture_ratio: float = 0.5
+    mixture_ratio: float = 1.0
     final_mixture_ratio: float | None = None  # reached at the last step, linearly
     with_replacement: bool = False  # inside the scored half of a batch
     floor: float = 0.05  # share of the scored draws that all prompts have alike
     # Whose prompts share a prior: record (source, image count, length) | category | global
     prior: str = "record"
-    discount: float = 0.97  # of a response, a policy version
+    discount: float = 0.95  # of a response, a policy version
     prior_discount: float = 0.9  # of a group's share of its prior
     # Dynamic sampling (DAPO): groups without variance are dropped, and the batch is filled up by at
     # most so many further draws.

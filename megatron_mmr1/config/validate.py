@@ -299,7 +299,7 @@ def _check_sampler(config: SamplerConfig, group_size: int) -> None:
         )
     for key in ("discount", "prior_discount"):
         value = getattr(config, key)
-        _require(0 < value <= 1, f"sampler.{key}", value, "is not above 0 and at most 1; use 0.97")
+        _require(0 < value <= 1, f"sampler.{key}", value, "is not above 0 and at most 1; use 0.95")
     _not_both_zero("sampler.alpha", config.alpha, "sampler.beta", config.beta)
     _positive("sampler.power", config.power)
     _at_least("sampler.update_every", config.update_every, 1)

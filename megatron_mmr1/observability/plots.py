@@ -69,8 +69,9 @@ def line_chart(
     is_log: bool = False,
     from_zero: bool = False,
     should_smooth: bool = True,
+    x_name: str = "step",
 ) -> str:
-    """Draw lines over steps. A long noisy series is drawn thin, with its moving average in bold."""
+    """Draw lines over steps, or over what `x_name` says. A long noisy series is drawn thin, with its moving average in bold."""
     usable = np.concatenate([s.ys[np.isfinite(s.ys)] for s in series])
     usable = usable[usable > 0] if is_log else usable
     xs = np.concatenate([s.xs for s in series])
@@ -86,7 +87,7 @@ def line_chart(
         share = (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low))
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_y_axis(ticks, to_y, is_percent), _x_axis(x_low, x_high, to_x)]
+    parts = [_y_axis(ticks, to_y, is_percent), _x_axis(x_low, x_high, to_x, x_name)]
     for s in series:
         ys = np.where(s.ys > 0, s.ys, np.nan) if is_log else s.ys
         window = smoothing_window(len(ys)) if should_smooth else 1
@@ -97,7 +98,7 @@ def line_chart(
         parts.append(_path(s.xs, ys, to_x, to_y, f"line c{s.color}"))
         dot = "point" if len(points) <= 24 else "hover"
         for x, y in points if len(points) <= MAX_HOVER_POINTS else []:
-            label = f"{escape(s.name)}, step {x:.0f}: {show(y, is_percent)}"
+            label = f"{escape(s.name)}, {x_name} {x:.0f}: {show(y, is_percent)}"
             parts.append(
                 f'<circle class="{dot} c{s.color}" cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" r="3.2">'
                 f"<title>{label}</title></circle>"
@@ -192,7 +193,9 @@ def _y_axis(ticks: np.ndarray, to_y, is_percent: bool) -> str:
     return "".join(parts)
 
 
-def _x_axis(low: float, high: float, to_x) -> str:
+def _x_axis(low: float, high: float, to_x, name: str = "step") -> str:
     ticks = [t for t in nice_ticks(low, high, 5) if low <= t <= high and t == round(t)]
     labels = [text(to_x(t), HEIGHT - 8, f"{t:.0f}") for t in ticks]
-    return text(LEFT - 7, HEIGHT - 8, "step", "end") + "".join(labels)
+    if name == "step":
+        return text(LEFT - 7, HEIGHT - 8, name, "end") + "".join(labels)
+    return text(WIDTH - RIGHT, HEIGHT - BOTTOM - 6, name, "end") + "".join(labels)

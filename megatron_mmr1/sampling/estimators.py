@@ -116,20 +116,21 @@ class Posterior(Estimator):
     def observe(self, version: int, stats: GroupStats) -> None:
         """Compare the groups with what was predicted of them, then learn from them."""
         index, is_mixed = stats.index_K, stats.is_mixed_K.astype(np.float64)
-        features_KF = self._features(version, index)
-        is_calibrated = self.config.score == "calibrated"
-        mixed = self.mixed(version, index)
-        self.reliability.record(
-            self.model.predict(features_KF) if is_calibrated else mixed, is_mixed
-        )
-        if is_calibrated and len(index):
-            self.model.learn(features_KF, is_mixed)
+        self.reliability.record(self.predicted(version, index), is_mixed)
+        if self.config.score == "calibrated" and len(index):
+            self.model.learn(self._features(version, index), is_mixed)
         self.rates.observe(index, stats.num_correct_K, stats.num_judged_K, version)
         self._set_diversity(index, stats.diversity_K)
 
     def mixed(self, version: int, index: np.ndarray) -> np.ndarray:
         """Return the probability of a mixed group under the posteriors."""
         return scores.expected_mixed_probability(*self.rates.beta(version, index), self.group_size)
+
+    def predicted(self, version: int, index: np.ndarray) -> np.ndarray:
+        """Return the probability of a mixed group: calibrated where that is the score."""
+        if self.config.score == "calibrated":
+            return self.model.predict(self._features(version, index))
+        return self.mixed(version, index)
 
     def pass_rate(self, version: int, index: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return the posteriors' means."""
@@ -144,7 +145,7 @@ class Posterior(Estimator):
         """Return `config.score`, see the class."""
         config, kind = self.config, self.config.score
         if kind == "calibrated":
-            return self.model.predict(self._features(version, index)) ** config.power
+            return self.predicted(version, index) ** config.power
         a, b = self.rates.beta(version, index)
         if config.thompson:
             pass_rate = rng.beta(a, b)

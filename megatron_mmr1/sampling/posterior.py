@@ -4,11 +4,12 @@ Owns the evidence and the priors. What a posterior is worth is scores.py's busin
 vas.py's.
 
 Model: prompt i of stratum c passes with probability p_i ~ Beta(a_c, b_c), and each judged response
-is correct with probability p_i. The policy moves, so evidence fades: a group seen k policy versions
-ago counts discount^k of its responses. The prior of a stratum is fitted to its own prompts
-(empirical Bayes): a prompt that was not visited yet is ranked by what its like turned out to be,
-also in how often they are solved always or never. Strata shrink to the whole data set, and that to
-the flat Beta(1, 1).
+is correct with probability p_i. The policy moves, so evidence fades: after k policy versions a group
+is worth discount^k of its responses. Until the prompt comes back, that widens its posterior and
+leaves the mean where it was: a prompt once found impossible grows less certain to be, but not more
+likely to be like others. The prior of a stratum is fitted to its own prompts (empirical Bayes): a
+prompt that was not visited yet is ranked by what its like turned out to be, also in how often they
+are solved always or never. Strata shrink to the whole data set, and that to the flat Beta(1, 1).
 
 P prompts, C strata.
 """
@@ -68,12 +69,18 @@ class PassRates:
     def beta(
         self, version: int, index: np.ndarray | slice = slice(None)
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the posterior's parameters at a policy version, float64 each, of some prompts."""
+        """Return the posterior's parameters at a policy version, float64 each, of some prompts.
+
+        Evidence of c correct and w wrong, prior (a, b): the mean is (a + c) / (a + b + c + w), and
+        the strength a + b + discount^k (c + w), k versions after the prompt's last group.
+        """
         prior_a_C, prior_b_C = self.priors()
         stratum, kept = self.stratum_P[index], self._retained(index, version)
-        a = prior_a_C[stratum] + kept * self.correct_P[index]
-        b = prior_b_C[stratum] + kept * self.wrong_P[index]
-        return a, b
+        a = prior_a_C[stratum] + self.correct_P[index]
+        b = prior_b_C[stratum] + self.wrong_P[index]
+        evidence = self.correct_P[index] + self.wrong_P[index]
+        left = 1.0 - (1.0 - kept) * evidence / (a + b)  # of the strength
+        return a * left, b * left
 
     def priors(self) -> tuple[np.ndarray, np.ndarray]:
         """Return each stratum's Beta(a, b), float64 [C] each, by its first two moments."""

@@ -1,0 +1,146 @@
+"""Stage 1 as rows of words, and as Markdown. page.py shows the same rows in HTML."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from megatron_mmr1.bakeoff.comparison import Comparison
+from megatron_mmr1.bakeoff.intervals import Interval, mean_interval
+from megatron_mmr1.bakeoff.tuning import FLOORS, MARGIN, SETTINGS, Tuned
+
+POOL_WORDS = {
+    "skewed": "Skewed: 45% trivial, 40% impossible, 15% frontier",
+    "balanced": "Balanced: 30% trivial, 30% impossible, 40% frontier",
+    "beta": "Beta(.25, .25)",
+    "skewed_blind": "Skewed, with records that say nothing",
+}
+HEADER = (
+    *("arm", "mixed groups, % of oracle", "minus uniform, points", "mixed rate, %"),
+    *("frontier minus uniform, points", "final pass rate: pool, frontier, %", "coverage, %"),
+    *("Brier", "scoring, discarded, % of rollouts"),
+)
+
+
+class Row(NamedTuple):
+    """One arm on one pool, as shown; `is_null`: no difference from uniform in mixed groups."""
+
+    cells: tuple[str, ...]
+    is_null: bool
+
+
+def rows(comparison: Comparison, pool: str) -> list[Row]:
+    """Return a pool's table, in the order of the arms."""
+    return [_row(comparison, pool, arm) for arm in comparison.values[pool]]
+
+
+def interval_words(interval: Interval, factor: float = 100.0, is_signed: bool = False) -> str:
+    """Write "41.2 [40.1, 42.3]"; a single seed has no interval."""
+    form = "{:+.1f}" if is_signed else "{:.1f}"
+    mean, low, high = (form.format(factor * x) for x in interval)
+    return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
+
+
+def _row(comparison: Comparison, pool: str, arm: str) -> Row:
+    def mean(measure: str) -> float:
+        return float(comparison.of(pool, arm, measure).mean())
+
+    def above(measure: str) -> str:
+        if arm == "uniform":
+            return "-"
+        interval = comparison.above_uniform(pool, arm, measure)
+        words = interval_words(interval, is_signed=True)
+        return f"{words} (null)" if interval.is_null else words
+
+    cells = (
+        arm,
+        interval_words(mean_interval(comparison.mixed_share(pool, arm))),
+        above("mixed_share"),
+        f"{100 * mean('num_mixed') / mean('num_groups'):.1f}",
+        above("frontier"),
+        f"{100 * mean('pass_rate'):.1f}, {100 * mean('frontier'):.1f}",
+        f"{100 * mean('coverage'):.0f}",
+        f"{mean('brier'):.3f}",
+        f"{100 * mean('scoring') / mean('generated'):.0f}, "
+        f"{100 * mean('discarded') / mean('generated'):.0f}",
+    )
+    is_null = comparison.above_uniform(pool, arm, "mixed_share").is_null
+    return Row(cells, is_null and arm != "uniform")
+
+
+def notes(comparison: Comparison) -> str:
+    """Say what was done, in one paragraph."""
+    setting = comparison.setting
+    return (
+        f"{len(comparison.seeds)} seeds; mean and 95% interval (Student's t); differences are"
+        " paired: the same seed has the same prompts and the same random walk. Every arm has the"
+        f" same {setting['budget']:,} responses, scoring and discarded ones included;"
+        f" {setting['batch_size']} prompts a step, {setting['group_size']} responses each. Mixed"
+        " groups: those trained on, over what a sampler gets that knows the current pass rates."
+        " The rest of it up to 100% is regret. Brier: of the predicted probability of a mixed"
+        " group, over all prompts; the oracle's is what chance leaves. (null): the interval"
+        " includes zero."
+    )
+
+
+LAW = (
+    "No model is trained. A prompt's pass rate has a logit, which a step raises by 0.02 for each"
+    " mixed group of that prompt and by 0.002 times the batch's share of mixed groups for all,"
+    " plus a random walk of 0.05. Groups without variance move nothing. The records (12 strata)"
+    " correlate with the pass rate by 0.5, the levels (5) by 0.9. The law is ours: what it says of"
+    " real runs must be checked on them."
+)
+
+
+def table(comparison: Comparison, pool: str) -> str:
+    """Return a pool's table in Markdown."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(row.cells) + " |" for row in rows(comparison, pool)]
+    return "\n".join(lines)
+
+
+def tuning_table(tuned: Tuned) -> str:
+    """Return what one change to the chosen values costs, in Markdown."""
+    lines = ["| instead | objective minus the chosen's, points |", "|---|---|"]
+    for change, interval in tuned.neighbours.items():
+        words = interval_words(interval, is_signed=True) + (" (null)" * interval.is_null)
+        lines.append(f"| {change} | {words} |")
+    return "\n".join(lines)
+
+
+def tuning_words(tuned: Tuned) -> str:
+    """Say what was chosen, from what, and the margin."""
+    chosen = ", ".join(f"{key} {value}" for key, value in tuned.chosen.items())
+    start = ", ".join(f"{key} {value}" for key, value in tuned.start.items())
+    return (
+        f"Chosen: {chosen}. Start: {start}. Objective: the mean over {len(SETTINGS)} settings"
+        f" ({'; '.join(SETTINGS)}) of two shares of the oracle's, mixed groups and gain in mean"
+        f" pass rate. A value is left only for more than {100 * MARGIN:g} points on the tuning"
+        " seeds. On other seeds the chosen values are"
+        f" {interval_words(tuned.gain, is_signed=True)} points above the start. `floor` stays at"
+        f" {FLOORS[1]}: it guards against a wrong model of the prompts, which a simulation cannot"
+        " price; what it costs here is in the table."
+    )
+
+
+def readme(comparison: Comparison, tuned: Tuned | None) -> str:
+    """Return examples/samplers/README.md."""
+    parts = [
+        "# Samplers compared at equal numbers of rollouts",
+        "## Stage 1: synthetic prompts with known pass rates",
+        "    python tools/compare_samplers.py synthetic   # synthetic.json, index.html, this file\n"
+        "    python tools/compare_samplers.py tune        # tuning.json: the preset's defaults",
+        LAW,
+        notes(comparison),
+    ]
+    for pool in comparison.values:
+        parts += [f"### {POOL_WORDS[pool]}", table(comparison, pool)]
+    if tuned:
+        parts += [
+            "### The defaults of the preset `posterior`",
+            tuning_words(tuned),
+            tuning_table(tuned),
+        ]
+    versions = ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
+    parts.append(f"Versions: {versions}.")
+    return "\n\n".join(parts) + "\n"
