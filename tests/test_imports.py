@@ -28,7 +28,6 @@ ARROWS = {
     "observability": BASE,
     "planning": BASE,
     "parity": BASE | {"algorithms", "backend", "convert", "data", "device", "kernels"},
-    "bakeoff": BASE | {"cli", "observability", "sampling"},
     "trainers": EVERYTHING,
     "bakeoff": EVERYTHING,
     "cli": {"config"},

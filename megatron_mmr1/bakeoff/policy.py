@@ -1,4 +1,4 @@
-"""A policy that is nothing but the pass rates of its prompts: what groups come, how training moves it.
+"""A policy that is nothing but the pass rates of its prompts: which groups come, how it learns.
 
 P prompts, K groups of G responses.
 """

@@ -18,7 +18,7 @@ from megatron_mmr1.bakeoff.pools import NUM_PROMPTS, Pool
 from megatron_mmr1.sampling.base import Draw, Occurrences
 from megatron_mmr1.sampling.estimators import Posterior
 from megatron_mmr1.sampling.scores import mixed_probability
-from megatron_mmr1.sampling.statistics import GroupStats
+from megatron_mmr1.sampling.statistics import NUM_COLUMNS, GroupStats
 from megatron_mmr1.sampling.vas import PromptPool, VasSampler
 
 NUM_POINTS = 16  # of the learning curve, evenly spaced over the budget
@@ -181,6 +181,7 @@ class _Run:
         size, group_size = self.setting.batch_size, self.setting.group_size
         max_refills = self.arm.config.max_refills if self.arm.config else 0
         rows: list[np.ndarray] = []
+        stats = GroupStats.of_rows(np.zeros((0, NUM_COLUMNS)))
         for _ in range(1 + max_refills):
             index = [draw.row for draw in self.sampler.next_batch()]
             rows.append(self._generate(index, group_size).to_rows())

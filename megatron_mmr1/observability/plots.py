@@ -71,7 +71,10 @@ def line_chart(
     should_smooth: bool = True,
     x_name: str = "step",
 ) -> str:
-    """Draw lines over steps, or over what `x_name` says. A long noisy series is drawn thin, with its moving average in bold."""
+    """Draw lines over steps, or over what `x_name` says.
+
+    A long noisy series is drawn thin, with its moving average in bold.
+    """
     usable = np.concatenate([s.ys[np.isfinite(s.ys)] for s in series])
     usable = usable[usable > 0] if is_log else usable
     xs = np.concatenate([s.xs for s in series])
