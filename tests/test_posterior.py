@@ -100,10 +100,14 @@ def test_evidence_fades_by_the_discount_a_policy_version():
     observe(known, [(0, 6, 8), (1, 8, 8)], version=3)
     observe(known, [(0, 1, 4)], version=5)  # two versions later 6 and 2 count 1.5 and 0.5
     (prior_a,), (prior_b,) = known.priors()
+    prior = prior_a + prior_b
+    correct, num = np.array([2.5, 8, 0]), np.array([6, 8, 0])
     for age in range(4):
         a, b = known.beta(5 + age, np.array([0, 1, 2]))
-        np.testing.assert_allclose(a - prior_a, [2.5 / 2**age, 2 / 2**age, 0], atol=1e-12)
-        np.testing.assert_allclose(b - prior_b, [3.5 / 2**age, 0, 0], atol=1e-12)
+        # What was seen keeps its say in the mean, and loses its certainty.
+        np.testing.assert_allclose(a / (a + b), (prior_a + correct) / (prior + num), atol=1e-12)
+        evidence = np.array([6 / 2**age, 8 / 2 ** (age + 2), 0])
+        np.testing.assert_allclose(a + b, prior + evidence, atol=1e-12)
 
 
 def test_the_order_of_groups_never_matters_and_duplicates_add_up():
