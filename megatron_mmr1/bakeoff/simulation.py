@@ -7,7 +7,7 @@ last draw is cut to what remains.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -36,7 +36,7 @@ class Setting:
     budget: int = 10 * NUM_PROMPTS * 8
     batch_size: int = 64
     group_size: int = 8
-    drift: Drift = Drift()
+    drift: Drift = field(default_factory=Drift)
 
 
 @dataclass(frozen=True, slots=True)

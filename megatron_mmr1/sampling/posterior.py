@@ -7,9 +7,10 @@ Model: prompt i of stratum c passes with probability p_i ~ Beta(a_c, b_c), and e
 is correct with probability p_i. The policy moves, so evidence fades: after k policy versions a
 group is worth discount^k of its responses. Until the prompt comes back, that widens its posterior
 and leaves the mean where it was: a prompt once found impossible grows less certain to be, but not
-more likely to be like others. The prior of a stratum is fitted to its own prompts (empirical Bayes): a
-prompt that was not visited yet is ranked by what its like turned out to be, also in how often they
-are solved always or never. Strata shrink to the whole data set, and that to the flat Beta(1, 1).
+more likely to be like others. The prior of a stratum is fitted to its own prompts (empirical
+Bayes): a prompt that was not visited yet is ranked by what its like turned out to be, also in how
+often they are solved always or never. Strata shrink to the whole data set, and that to the flat
+Beta(1, 1).
 
 P prompts, C strata.
 """
