@@ -1,6 +1,7 @@
 """Samplers, statistics and simulated steps that the sampler's tests share. P prompts."""
 
 import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ def groups(*rows):
 
 def scored(weights, **config):
     """A sampler whose prompt i has the score weights[i] <= 1: TDS alone, of scoring rollouts."""
-    sampler = make(len(weights), alpha=0.0, beta=1.0, **(PAPER | {"floor": 0.0} | config))
+    settings: dict[str, Any] = PAPER | {"floor": 0.0, "alpha": 0.0, "beta": 1.0} | config
+    sampler = make(len(weights), **settings)
     sampler.observe_scoring(1, groups(*((i, 0, 8, w) for i, w in enumerate(weights))))
     return sampler
 

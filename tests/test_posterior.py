@@ -166,7 +166,7 @@ def test_priors_are_recovered_from_first_visits_and_predict_prompts_not_visited(
     everyone = rates(discount=1.0, stratum_P=np.zeros(6000, int))
     everyone.moments_3C = known.moments_3C.sum(axis=1, keepdims=True)
     for prior in ((np.ones(1), np.ones(1)), everyone.priors()):
-        wrong = scores.expected_mixed_probability(*prior, G)
+        wrong = scores.expected_mixed_probability(prior[0], prior[1], G)
         assert (np.abs(predicted - wrong) > 0.05).all()
 
 
@@ -174,7 +174,7 @@ def test_with_the_defaults_priors_are_recovered_from_the_last_few_hundred_groups
     """Fading leaves 64 / 2 / (1 - 0.9) = 320 groups a stratum: standard errors are 2.5 times."""
     known, _ = of_two_kinds(4000, 4000)
     for found, (true_a, true_b) in zip(np.transpose(known.priors()), TRUTH, strict=True):
-        predicted = scores.expected_mixed_probability(*found, G)
+        predicted = scores.expected_mixed_probability(found[0], found[1], G)
         exact = scores.expected_mixed_probability(np.array(true_a), np.array(true_b), G)
         assert abs(predicted - exact) < 0.06
 
@@ -217,15 +217,15 @@ def test_a_prompt_seen_again_says_less_of_its_stratum_than_one_seen_first():
     for version in range(7, 57):
         index = rng.choice(mixed, 32)
         known.observe(index, rng.binomial(G, rate_P[index]), np.full(32, G), version)
-    moved = [scores.expected_mixed_probability(*p, G) for p in np.transpose(known.priors())]
-    was = [scores.expected_mixed_probability(*p, G) for p in before]
+    moved = [scores.expected_mixed_probability(p[0], p[1], G) for p in np.transpose(known.priors())]
+    was = [scores.expected_mixed_probability(p[0], p[1], G) for p in before]
     naive = rates(stratum_P=np.arange(400) % 2)  # negative control: every group a first visit
     for version in range(50):
         index = rng.choice(mixed, 32)
         correct = rng.binomial(G, rate_P[index])
         naive.correct_P[:], naive.wrong_P[:] = 0, 0
         naive.observe(index, correct, np.full(32, G), version)
-    wrong = [scores.expected_mixed_probability(*p, G) for p in np.transpose(naive.priors())]
+    wrong = [scores.expected_mixed_probability(p[0], p[1], G) for p in np.transpose(naive.priors())]
     assert moved[0] - was[0] < 0.25 * (wrong[0] - was[0])
 
 
@@ -275,6 +275,19 @@ def test_an_uncalibrated_model_predicts_the_posteriors_probability():
     found = estimator.all_scores(9, np.random.default_rng(0))
     np.testing.assert_allclose(found, mixed, rtol=1e-9)
     assert np.ptp(mixed) > 0.3
+
+
+def test_features_rise_with_what_they_are_named_for():
+    one = np.ones(2)
+    low = [0.2 * one, 0.1 * one, 0 * one, 0.3 * one]  # mixed, diversity, age, stratum_mixed
+    high = [0.8, 0.9, 50, 0.7]
+    for place, value in enumerate(high, 1):
+        x_KF = features(
+            *(np.array([v[0], value if i == place else v[0]]) for i, v in enumerate(low, 1))
+        )
+        rise_F = x_KF[1] - x_KF[0]
+        assert rise_F[place] > 0.5 and np.count_nonzero(rise_F) == 1
+    np.testing.assert_allclose(features(*low)[0, [0, 1, 4]], [1, np.log(0.25), np.log(3 / 7)])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ tests are at the 0.1% level, with fixed seeds: they pass or fail for ever.
 
 from collections import Counter
 from dataclasses import asdict, fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,17 @@ from scipy.special import chdtri
 from megatron_mmr1 import cli
 from megatron_mmr1.config.schema import SamplerConfig
 from megatron_mmr1.sampling import Draw, GroupStats, Statistician, tds
+from megatron_mmr1.sampling.passes import UniformPasses
 from megatron_mmr1.sampling.vas import num_scored_draws
-from megatron_mmr1.types import Prompt, Rollout, RolloutGroup, ScoredGroup, ScoredRollout, Verdict
+from megatron_mmr1.types import (
+    Outcome,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    ScoredGroup,
+    ScoredRollout,
+    Verdict,
+)
 
 
 def rows_of(sampler, num_steps):
@@ -55,6 +65,7 @@ def test_the_number_of_scored_draws_is_exact_and_follows_the_schedule():
         (0.29, None, [2] * 6),
     ):
         sampler = make(90, 7, num_steps=5, mixture_ratio=first, final_mixture_ratio=last)
+        assert isinstance(sampler.passes, UniformPasses)
         found = []
         for step in range(1, 7):  # one more than the run has
             before = sampler.passes.cursor - len(sampler.passes.deferred)
@@ -216,7 +227,7 @@ def test_presets_state_every_key_and_have_the_papers_numbers():
 
 def group(prompt_id, responses, outcomes="", answer="42", occurrence=0):
     """A judged group; outcomes are letters: c correct, w wrong, ? could not judge."""
-    names = {"c": "correct", "w": "wrong", "?": "could_not_judge"}
+    names: dict[str, Outcome] = {"c": "correct", "w": "wrong", "?": "could_not_judge"}
     tokens = torch.zeros(1, dtype=torch.int64)
     prompt = Prompt(prompt_id, tokens, tokens, None, None, answer, occurrence=occurrence)
     rollouts = tuple(Rollout(i, tuple(r), (), "stop", "") for i, r in enumerate(responses))
@@ -285,7 +296,8 @@ def test_released_code_prefers_prompts_whose_responses_are_alike():
     assert similarity[0] == padded[0] == 1
     assert similarity[1] < 0.2 and padded[1] > 0.9  # and padding hides most of the difference
     for kind, better in ((RELEASED, 0), (PAPER, 1)):
-        sampler = make(2, 1, **(kind | {"alpha": 0.0, "beta": 1.0}))
+        config: dict[str, Any] = kind | {"alpha": 0.0, "beta": 1.0}
+        sampler = make(2, 1, **config)
         sampler.observe_scoring(1, measured(judged, measure if kind is RELEASED else "self_bleu"))
         assert sampler.tree.weights.argmax() == better
 
