@@ -10,7 +10,14 @@ from megatron_mmr1.bakeoff.arms import arms
 from megatron_mmr1.bakeoff.intervals import mean_interval
 from megatron_mmr1.bakeoff.pools import make_pool
 from megatron_mmr1.bakeoff.simulation import Setting, simulate
-from megatron_mmr1.bakeoff.trained import ARMS, TUNING_SEEDS, Run, config_of, tuning_runs
+from megatron_mmr1.bakeoff.trained import (
+    ARMS,
+    LEVEL_GIVEN,
+    TUNING_SEEDS,
+    Run,
+    config_of,
+    tuning_runs,
+)
 from megatron_mmr1.bakeoff.trained_analysis import Result, cost_ratio, responses_to_reach
 
 SETTING = Setting(budget=40_000)
@@ -81,18 +88,21 @@ def _result(arm: str, lr: float, seed: int, accuracy: float, error: str = "") ->
 
 def test_each_arms_learning_rate_is_the_best_of_the_seeds_that_are_not_reported(monkeypatch):
     monkeypatch.setattr(trained_analysis, "MIXES", {"skewed": {}})
-    monkeypatch.setattr(trained_analysis, "ARMS", {"uniform": ()})
+    monkeypatch.setattr(trained_analysis, "ARMS", {"uniform": (), "posterior": ()})
     results = [
-        _result("uniform", lr, seed, accuracy)
+        _result(arm, lr, seed, accuracy)
+        for arm in ("posterior", "uniform")
         for lr, accuracy in ((1e-4, 0.3), (2e-4, 0.4))
         for seed in TUNING_SEEDS
     ]
     results += [_result("uniform", 4e-4, TUNING_SEEDS[0], 0.9)]  # not all seeds yet
     results += [_result("uniform", 1e-4, 0, 0.99)]  # a reported seed chooses nothing
-    assert trained_analysis.chosen_learning_rates(results) == {("skewed", "uniform"): 2e-4}
+    chosen = trained_analysis.chosen_learning_rates(results)
+    arms = ("uniform", "posterior", LEVEL_GIVEN)
+    assert chosen == {("skewed", arm): 2e-4 for arm in arms}
     crashed = [_result("uniform", 2e-4, seed, 0.9, "RuntimeError: x") for seed in TUNING_SEEDS]
-    chosen = trained_analysis.chosen_learning_rates([*results[:2], *crashed])
-    assert chosen == {("skewed", "uniform"): 1e-4}
+    chosen = trained_analysis.chosen_learning_rates([*results[:6], *crashed])
+    assert chosen[("skewed", "uniform")] == 1e-4
 
 
 def test_the_runs_of_stage_2_differ_only_in_what_is_compared(tmp_path):

@@ -79,11 +79,19 @@ def _trained(cold_start: Path, folder: Path, minutes: float, out: Path) -> None:
 
     def make(runs: list[trained.Run]) -> bool:
         """Make runs until time is up; say whether all are there."""
-        for number, run in enumerate(runs, 1):
-            if time.monotonic() > end:
-                return False
-            bakeoff.make(run)
-            print(f"{number} of {len(runs)}: {run.name}", flush=True)
+        pending = runs
+        while pending:
+            elsewhere = []
+            for run in pending:
+                if time.monotonic() > end:
+                    return False
+                if bakeoff.make(run):
+                    num_left = sum(not trained.result_path(folder, r).exists() for r in runs)
+                    print(f"{run.name}; {num_left} of {len(runs)} are left", flush=True)
+                else:
+                    elsewhere.append(run)
+            pending = elsewhere
+            time.sleep(5.0 * bool(pending))
         return True
 
     if not make(list(trained.tuning_runs())):

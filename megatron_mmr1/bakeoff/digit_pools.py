@@ -3,9 +3,9 @@ of them.
 
 Many candidates are sampled 16 times each by the cold start. A prompt is "trivial" when at most one
 of the 16 is wrong, "impossible" when at most one is right, and "frontier" else. A pool is drawn
-from the three in a given mix. There is one held-out set, of unseen scans, with more of the
-frontier than any pool, since that is where accuracies differ; accuracy on a pool's own mix is the
-mean over classes, weighted by the mix. The training files' `category` is the level of the task
+from the three in a given mix. There is one held-out set, of unseen scans, with enough of
+each class that none of them makes most of the noise; accuracy on a pool's own mix is the mean over
+classes, weighted by the mix. The training files' `category` is the level of the task
 (`sum2`, ...), the held-out file's the class, so that accuracies are reported by class.
 """
 
@@ -30,7 +30,7 @@ MIXES = {
     "skewed": {"trivial": 0.45, "impossible": 0.40, "frontier": 0.15},
 }
 NUM_TRAIN = 2000
-HELDOUT = {"trivial": 60, "impossible": 100, "frontier": 320}
+HELDOUT = {"trivial": 120, "impossible": 200, "frontier": 240}
 NUM_SAMPLES = 16
 _NUM_CANDIDATES = {"train": 9000, "heldout": 2400}
 _SEED = 12345  # of the candidates and of their rollouts: no run has it

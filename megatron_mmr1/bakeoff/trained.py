@@ -1,13 +1,16 @@
 """Stage 2 of the comparison of samplers: the real trainer, at equal total rollouts.
 
-What is compared is written down here, before any run: arms, pools, learning rates, seeds, budget.
-Every arm's learning rate is chosen on seeds that are not reported. One process makes all runs, with
+What is compared is written down here and in trained_analysis.py, before any reported run: arms,
+pools, learning rates, seeds, budget, measures.
+Every arm's learning rate is chosen on seeds that are not reported. A process makes many runs, with
 one engine, whose weights each run replaces; a run that was finished is not made again, so that the
-whole may be interrupted at any time. A run that crashed is recorded with its error and counted.
+whole may be interrupted at any time, and one that another process is making is passed over, so that
+several may share the work. A run that crashed is recorded with its error and counted.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import traceback
@@ -40,9 +43,11 @@ ARMS: Mapping[str, tuple[str, ...]] = {
     "posterior": ("sampler=posterior",),
     "posterior, no shared prior": ("sampler=posterior", "sampler.prior=global"),
     "posterior + dynamic sampling": ("sampler=posterior", "sampler.max_refills=8"),
-    # Not one of the five: the task's level is given to the sampler.
-    "posterior, level given": ("sampler=posterior", "sampler.prior=category"),
 }
+# A row of its own, not one of the five: the sampler is told the task's level. It has the learning
+# rate that was chosen for "posterior".
+LEVEL_GIVEN = "posterior, level given"
+_OVERRIDES = {**ARMS, LEVEL_GIVEN: ("sampler=posterior", "sampler.prior=category")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def tuning_runs() -> Iterator[Run]:
 
 def reported_runs(chosen: Mapping[tuple[str, str], float]) -> Iterator[Run]:
     """The runs that are reported, seed by seed; `chosen` is the learning rate by (pool, arm)."""
-    for seed, pool, arm in product(REPORTED_SEEDS, MIXES, ARMS):
+    for seed, pool, arm in product(REPORTED_SEEDS, MIXES, _OVERRIDES):
         yield Run(pool, arm, chosen[pool, arm], seed)
 
 
@@ -79,7 +84,7 @@ def config_of(run: Run, pools: Path, cold_start: Path) -> GrpoConfig:
         GrpoConfig,
         "experiment",
         [
-            *ARMS[run.arm],
+            *_OVERRIDES[run.arm],
             f"seed={run.seed}",
             f"model.path={cold_start}",
             f"data.train={pools / f'{run.pool}.parquet'}",
@@ -89,7 +94,7 @@ def config_of(run: Run, pools: Path, cold_start: Path) -> GrpoConfig:
             "algorithm.kl_coefficient=0",
             f"num_steps={NUM_STEPS}",
             f"max_responses={BUDGET}",
-            "evaluation.every=10",
+            f"evaluation.every={10 if run.seed in REPORTED_SEEDS else 0}",
             "evaluation.samples_per_prompt=4",
             "checkpoint.every=0",
         ],
@@ -128,13 +133,27 @@ class Bakeoff:
         with VerifierPool(self._reward) as verifier:
             build_pools(self.folder, self._engine, verifier, self._processor)
 
-    def make(self, run: Run) -> None:
-        """Make a run, unless its result is there; its weights and rollouts are not kept."""
+    def make(self, run: Run) -> bool:
+        """Make a run, unless its result is there; its weights and rollouts are not kept.
+
+        Returns:
+            False: another process is making it.
+        """
+        path = result_path(self.folder, run)
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        with path.parent.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if not path.exists():
+                self._make(run, path)
+        return True
+
+    def _make(self, run: Run, path: Path) -> None:
         from megatron_mmr1.trainers import grpo
 
-        if result_path(self.folder, run).exists():
-            return
-        run_dir = self.folder / "runs" / run.name
+        run_dir = path.parent
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
         (run_dir / "config.yaml").write_text("{}\n")  # the checkpoint copies it
@@ -148,9 +167,11 @@ class Bakeoff:
             traceback.print_exc()
         rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
         record = {"run": asdict(run), "error": error, "budget": BUDGET, "rows": rows}
-        result_path(self.folder, run).write_text(json.dumps(record), encoding="utf-8")
+        partial = run_dir / "result.partial"
+        partial.write_text(json.dumps(record), encoding="utf-8")
         for part in ("checkpoints", "hf", "rollouts", "tensorboard"):
             shutil.rmtree(run_dir / part, ignore_errors=True)
+        partial.rename(path)
 
 
 def result_path(folder: Path, run: Run) -> Path:

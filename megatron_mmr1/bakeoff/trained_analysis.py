@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_mmr1.bakeoff.digit_pools import MIXES
-from megatron_mmr1.bakeoff.trained import ARMS, REPORTED_SEEDS, TUNING_SEEDS, Run
+from megatron_mmr1.bakeoff.trained import ARMS, LEVEL_GIVEN, REPORTED_SEEDS, TUNING_SEEDS, Run
 
 MEASURES = ("own mix", "frontier")  # of held-out accuracy
 _ACCURACY = "eval/accuracy_sampled"
@@ -100,6 +100,7 @@ def chosen_learning_rates(results: Sequence[Result]) -> dict[tuple[str, str], fl
             if not means:
                 raise ValueError(f"no learning rate of {arm!r} on {pool!r} has all tuning runs yet")
             chosen[pool, arm] = max(means, key=lambda lr: means[lr])
+        chosen[pool, LEVEL_GIVEN] = chosen[pool, "posterior"]
     return chosen
 
 
@@ -178,7 +179,7 @@ class Row:
     curves_SX: Mapping[str, np.ndarray]
     final: Mapping[str, Interval]
     gain: Mapping[str, Interval]
-    cost: Interval
+    cost: Mapping[str, Interval]
     means: Mapping[str, float]
 
 
@@ -198,7 +199,7 @@ def compare(results: Sequence[Result], axis_X: np.ndarray) -> list[Row]:
                 if (r.run.pool, r.run.arm, r.run.lr) == (pool, arm, chosen[pool, arm])
                 and r.run.seed in REPORTED_SEEDS
             }
-            for arm in ARMS
+            for arm in (*ARMS, LEVEL_GIVEN)
         }
         seeds = [
             seed
@@ -225,7 +226,7 @@ def compare(results: Sequence[Result], axis_X: np.ndarray) -> list[Row]:
                     curves,
                     {m: bootstrap(finals[m]) for m in MEASURES},
                     {m: bootstrap(finals[m] - base[m]) for m in MEASURES},
-                    cost_ratio(curves[MEASURES[0]], theirs[MEASURES[0]], axis_X),
+                    {m: cost_ratio(curves[m], theirs[m], axis_X) for m in MEASURES},
                     {k: float(np.mean([r.means[k] for r in mine])) for k in mine[0].means},
                 )
             )

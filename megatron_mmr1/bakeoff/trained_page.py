@@ -14,8 +14,8 @@ from megatron_mmr1.observability.plots import Series, line_chart
 from megatron_mmr1.observability.template import card, legend_item, section
 
 COLUMNS = (
-    "arm", "learning rate", "accuracy, own mix", "minus uniform's", "accuracy, frontier",
-    "minus uniform's", "responses to uniform's final accuracy", "mixed groups", "gradient norm",
+    "arm", "learning rate", "accuracy, own mix", "minus uniform's", "cost ratio",
+    "accuracy, frontier", "minus uniform's", "cost ratio", "mixed groups", "gradient norm",
     "coverage", "seeds", "crashed",
 )  # fmt: skip
 
@@ -27,8 +27,8 @@ def words(num_finished: int, num_runs: int) -> str:
         f"Every run may generate {BUDGET:,} responses, whatever for, from the same cold start. "
         f"Each arm's learning rate is the best of {rates} on {len(TUNING_SEEDS)} seeds that aren't "
         f"reported; reported are {len(REPORTED_SEEDS)} others. Intervals are 95%, bootstrap over "
-        "seeds (somewhat narrow with six). The last cost column is relative to uniform: below 1 is "
-        "fewer responses; inf: not within the budget. "
+        "seeds (somewhat narrow with six). Cost ratio: the responses to uniform's final accuracy, "
+        "over uniform's; below 1 is fewer, inf is not within the budget. "
         f"{num_finished} of {num_runs} runs are finished."
     )
 
@@ -41,9 +41,10 @@ def cells(row: Row) -> list[str]:
         f"{row.lr:g}",
         _points(row.final[mix]),
         _points(row.gain[mix]),
+        str(row.cost[mix]),
         _points(row.final[frontier]),
         _points(row.gain[frontier]),
-        str(row.cost),
+        str(row.cost[frontier]),
         f"{row.means['groups/mixed_rate']:.0%}",
         f"{row.means['grad_norm']:.2f}",
         f"{row.means['sampler/coverage']:.0%}",
