@@ -141,7 +141,7 @@ class Bakeoff:
         """
         path = result_path(self.folder, run)
         path.parent.parent.mkdir(parents=True, exist_ok=True)
-        with path.parent.with_suffix(".lock").open("w") as lock:
+        with (path.parent.parent / f"{run.name}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
