@@ -10,9 +10,9 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """A mean, and the ends of its 95% interval; NaN ends for a single seed."""
+    """A value, and the ends of its 95% interval; NaN ends for a single seed."""
 
-    mean: float
+    value: float
     low: float
     high: float
 
@@ -30,3 +30,15 @@ def mean_interval(values: np.ndarray) -> Interval:
         return Interval(mean, math.nan, math.nan)
     half = float(stats.t.ppf(0.975, num - 1)) * float(values.std(ddof=1)) / math.sqrt(num)
     return Interval(mean, mean - half, mean + half)
+
+
+def points(interval: Interval, is_signed: bool = False) -> str:
+    """Write shares as percent, "41.2 [40.1, 42.3]"; a single seed has no interval."""
+    form = "{:+.1f}" if is_signed else "{:.1f}"
+    value, low, high = (form.format(100.0 * x) for x in interval)
+    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
+
+
+def difference(interval: Interval) -> str:
+    """Write a difference in points, and whether it may be nothing."""
+    return points(interval, is_signed=True) + " (null)" * interval.is_null

@@ -15,10 +15,10 @@ from typing import Self
 import numpy as np
 
 from megatron_mmr1 import __version__
-from megatron_mmr1.bakeoff.arms import Arm, arms
 from megatron_mmr1.bakeoff.intervals import Interval, mean_interval
-from megatron_mmr1.bakeoff.pools import POOLS, make_pool
-from megatron_mmr1.bakeoff.simulation import Outcome, Setting, simulate
+from megatron_mmr1.bakeoff.synthetic.arms import Arm, arms
+from megatron_mmr1.bakeoff.synthetic.pools import POOLS, make_pool
+from megatron_mmr1.bakeoff.synthetic.simulation import Outcome, Setting, simulate
 
 MEASURES = (
     *("generated", "scoring", "discarded", "num_steps", "num_groups", "num_mixed"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-from megatron_mmr1.bakeoff.comparison import Comparison
-from megatron_mmr1.bakeoff.intervals import Interval, mean_interval
-from megatron_mmr1.bakeoff.tuning import FLOORS, MARGIN, SETTINGS, Tuned
+from megatron_mmr1.bakeoff.intervals import difference, mean_interval, points
+from megatron_mmr1.bakeoff.synthetic.comparison import Comparison
+from megatron_mmr1.bakeoff.synthetic.tuning import FLOORS, MARGIN, SETTINGS, Tuned
 
 POOL_WORDS = {
     "skewed": "Skewed: 45% trivial, 40% impossible, 15% frontier",
@@ -34,13 +33,6 @@ def rows(comparison: Comparison, pool: str) -> list[Row]:
     return [_row(comparison, pool, arm) for arm in comparison.values[pool]]
 
 
-def interval_words(interval: Interval, factor: float = 100.0, is_signed: bool = False) -> str:
-    """Write "41.2 [40.1, 42.3]"; a single seed has no interval."""
-    form = "{:+.1f}" if is_signed else "{:.1f}"
-    mean, low, high = (form.format(factor * x) for x in interval)
-    return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
-
-
 def _row(comparison: Comparison, pool: str, arm: str) -> Row:
     def mean(measure: str) -> float:
         return float(comparison.of(pool, arm, measure).mean())
@@ -48,13 +40,11 @@ def _row(comparison: Comparison, pool: str, arm: str) -> Row:
     def above(measure: str) -> str:
         if arm == "uniform":
             return "-"
-        interval = comparison.above_uniform(pool, arm, measure)
-        words = interval_words(interval, is_signed=True)
-        return f"{words} (null)" if interval.is_null else words
+        return difference(comparison.above_uniform(pool, arm, measure))
 
     cells = (
         arm,
-        interval_words(mean_interval(comparison.mixed_share(pool, arm))),
+        points(mean_interval(comparison.mixed_share(pool, arm))),
         above("mixed_share"),
         f"{100 * mean('num_mixed') / mean('num_groups'):.1f}",
         above("frontier"),
@@ -103,8 +93,7 @@ def tuning_table(tuned: Tuned) -> str:
     """Return what one change to the chosen values costs, in Markdown."""
     lines = ["| instead | objective minus the chosen's, points |", "|---|---|"]
     for change, interval in tuned.neighbours.items():
-        words = interval_words(interval, is_signed=True) + (" (null)" * interval.is_null)
-        lines.append(f"| {change} | {words} |")
+        lines.append(f"| {change} | {difference(interval)} |")
     return "\n".join(lines)
 
 
@@ -117,18 +106,17 @@ def tuning_words(tuned: Tuned) -> str:
         f" ({'; '.join(SETTINGS)}) of two shares of the oracle's, mixed groups and gain in mean"
         f" pass rate. A value is left only for more than {100 * MARGIN:g} points on the tuning"
         " seeds. On other seeds the chosen values are"
-        f" {interval_words(tuned.gain, is_signed=True)} points above the start. `floor` stays at"
+        f" {points(tuned.gain, is_signed=True)} points above the start. `floor` stays at"
         f" {FLOORS[1]}: it guards against a wrong model of the prompts, which a simulation cannot"
         " price; what it costs here is in the table."
     )
 
 
-def readme(comparison: Comparison, tuned: Tuned | None) -> str:
-    """Return examples/samplers/README.md."""
+def markdown(comparison: Comparison, tuned: Tuned | None) -> str:
+    """Return stage 1's part of the README."""
     parts = [
-        "# Samplers compared at equal numbers of rollouts",
         "## Stage 1: synthetic prompts with known pass rates",
-        "    python tools/compare_samplers.py synthetic   # synthetic.json, index.html, this file\n"
+        "    python tools/compare_samplers.py synthetic   # synthetic.json\n"
         "    python tools/compare_samplers.py tune        # tuning.json: the preset's defaults",
         LAW,
         notes(comparison),

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_mmr1.bakeoff.arms import Arm, FlatPrior
-from megatron_mmr1.bakeoff.policy import Drift, Policy
-from megatron_mmr1.bakeoff.pools import NUM_PROMPTS, Pool
+from megatron_mmr1.bakeoff.synthetic.arms import Arm, FlatPrior
+from megatron_mmr1.bakeoff.synthetic.policy import Drift, Policy
+from megatron_mmr1.bakeoff.synthetic.pools import NUM_PROMPTS, Pool
 from megatron_mmr1.sampling.base import Draw, Occurrences
 from megatron_mmr1.sampling.estimators import Posterior
 from megatron_mmr1.sampling.scores import mixed_probability

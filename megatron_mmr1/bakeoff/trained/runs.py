@@ -1,6 +1,6 @@
 """Stage 2 of the comparison of samplers: the real trainer, at equal total rollouts.
 
-What is compared is written down here and in trained_analysis.py, before any reported run: arms,
+What is compared is written down here and in analysis.py, before any reported run: arms,
 pools, learning rates, seeds, budget, measures.
 Every arm's learning rate is chosen on seeds that are not reported. A process makes many runs, with
 one engine, whose weights each run replaces; a run that was finished is not made again, so that the
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
-from megatron_mmr1.bakeoff.digit_pools import MIXES
+from megatron_mmr1.bakeoff.trained.pools import MIXES
 from megatron_mmr1.cli import load_config
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.config.validate import validate
@@ -127,7 +127,7 @@ class Bakeoff:
 
     def build_pools(self) -> None:
         """Measure the candidates and write the pools, unless they are there."""
-        from megatron_mmr1.bakeoff.digit_pools import build_pools
+        from megatron_mmr1.bakeoff.trained.pools import build_pools
         from megatron_mmr1.rewards import VerifierPool
 
         with VerifierPool(self._reward) as verifier:

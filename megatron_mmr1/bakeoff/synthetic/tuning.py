@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mmr1.bakeoff.arms import Arm, preset
 from megatron_mmr1.bakeoff.intervals import Interval, mean_interval
-from megatron_mmr1.bakeoff.policy import Drift
-from megatron_mmr1.bakeoff.pools import NUM_PROMPTS, make_pool
-from megatron_mmr1.bakeoff.simulation import Outcome, Setting, simulate
+from megatron_mmr1.bakeoff.synthetic.arms import Arm, preset
+from megatron_mmr1.bakeoff.synthetic.policy import Drift
+from megatron_mmr1.bakeoff.synthetic.pools import NUM_PROMPTS, make_pool
+from megatron_mmr1.bakeoff.synthetic.simulation import Outcome, Setting, simulate
 from megatron_mmr1.config.schema import SamplerConfig
 
 FIRST_TUNING_SEED, FIRST_REPORT_SEED = 1000, 2000

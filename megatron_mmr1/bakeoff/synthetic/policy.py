@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_mmr1.bakeoff.pools import Pool
+from megatron_mmr1.bakeoff.synthetic.pools import Pool
 from megatron_mmr1.sampling.scores import mixed_probability, outcome_variance_score
 from megatron_mmr1.sampling.statistics import GroupStats
 
