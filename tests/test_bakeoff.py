@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import json
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from megatron_mmr1.bakeoff.synthetic.pools import make_pool
 from megatron_mmr1.bakeoff.synthetic.simulation import Setting, simulate
 from megatron_mmr1.bakeoff.trained import analysis, runs
 from megatron_mmr1.bakeoff.trained.analysis import Result, cost_ratio, responses_to_reach
+from megatron_mmr1.bakeoff.trained.pools import MIXES
 from megatron_mmr1.bakeoff.trained.runs import (
     ARMS,
     BUDGET,
@@ -26,7 +28,7 @@ from megatron_mmr1.bakeoff.trained.runs import (
 )
 
 SETTING = Setting(budget=40_000)
-MEANS = {"groups/mixed_rate": 0.5, "grad_norm": 1.0, "sampler/coverage": 0.9}
+MEANS = {analysis.MIXED: 60.0, "grad_norm": 1.0, "sampler/coverage": 0.9}
 SOME = ("oracle", "uniform", "released_code", "posterior (preset)", "dapo")
 
 
@@ -99,7 +101,7 @@ def test_each_arms_learning_rate_is_the_best_of_the_seeds_that_are_not_reported(
     results += [_result("uniform", 1e-4, 0, 0.99)]  # a reported seed chooses nothing
     chosen = analysis.chosen_learning_rates(results)
     assert chosen == {("skewed", arm): 2e-4 for arm in ("uniform", "posterior", LEVEL_GIVEN)}
-    crashed = [_result("uniform", 2e-4, seed, 0.9, "RuntimeError: x") for seed in TUNING_SEEDS]
+    crashed = [_result("uniform", 2e-4, seed, 0.1, "RuntimeError: x") for seed in TUNING_SEEDS]
     chosen = analysis.chosen_learning_rates([*results[:6], *crashed])
     assert chosen[("skewed", "uniform")] == 1e-4
 
@@ -123,10 +125,25 @@ def test_arms_are_compared_seed_by_seed_and_a_crash_is_counted(monkeypatch):
     assert above == pytest.approx([0.1] * 3)  # the seeds' own differences are gone
     assert rows["posterior"].cost["frontier", 1.0].high < 1
     assert rows[LEVEL_GIVEN].above_uniform["frontier"].is_null
-    results[-1] = dataclasses.replace(results[-1], error="RuntimeError: x")
+    results.pop()  # the last seed of one arm: compared are those that all have
     rows = {row.arm: row for row in analysis.compare(results)}
-    assert rows[LEVEL_GIVEN].num_crashed == 1
     assert {row.num_seeds for row in rows.values()} == {len(REPORTED_SEEDS) - 1}
+
+
+def test_a_crashed_run_is_worth_its_cold_start():
+    rows = [
+        {"step": step, "rollout/responses_total": 256.0 * step, "rollout/responses": 256.0}
+        | {"groups/mixed_rate": 0.5, "grad_norm": 1.0, "sampler/coverage": 0.1 * step}
+        | {f"eval/accuracy_sampled/{name}": 0.1 + 0.1 * step for name in MIXES["skewed"]}
+        for step in range(3)
+    ]
+    run = dataclasses.asdict(Run("skewed", "uniform", 1e-4, 0))
+    fine = Result.of_record({"run": run, "error": "", "rows": rows})
+    assert fine.final("own mix") == fine.final("frontier") == pytest.approx(0.3)
+    assert fine.means[analysis.MIXED] == pytest.approx(1000 * 0.5 / 8)
+    crashed = Result.of_record({"run": run, "error": "RuntimeError: x", "rows": rows})
+    assert crashed.final("own mix") == pytest.approx(0.1)
+    assert (crashed.curve("frontier") == crashed.final("frontier")).all()
 
 
 def test_both_stages_are_written_from_their_json(monkeypatch, tmp_path):
@@ -146,7 +163,8 @@ def test_a_run_that_another_process_makes_is_passed_over(tmp_path, monkeypatch):
     made = []
     bakeoff = object.__new__(runs.Bakeoff)  # without its engine
     bakeoff.folder = tmp_path
-    monkeypatch.setattr(runs.Bakeoff, "_make", lambda self, run, path: made.append(run))
+    monkeypatch.setattr(runs.Bakeoff, "_make", lambda self, run, *rest: made.append(run))
+    monkeypatch.setattr(runs.Bakeoff, "_made_of", lambda self, run: {"settings": run.seed})
     first, second = list(tuning_runs())[:2]
     (tmp_path / "runs").mkdir()
     with (tmp_path / "runs" / f"{first.name}.lock").open("w") as lock:
@@ -155,8 +173,12 @@ def test_a_run_that_another_process_makes_is_passed_over(tmp_path, monkeypatch):
         assert bakeoff.make(second) and made == [second]
     assert bakeoff.make(first) and made == [second, first]
     runs.result_path(tmp_path, first).parent.mkdir()
-    runs.result_path(tmp_path, first).write_text("{}")
+    record = runs.result_path(tmp_path, first)
+    record.write_text(json.dumps({"made_of": {"settings": first.seed}}))
     assert bakeoff.make(first) and made == [second, first]
+    record.write_text(json.dumps({"made_of": {"settings": "others"}}))
+    with pytest.raises(ValueError, match="other settings"):
+        bakeoff.make(first)
 
 
 def test_the_runs_of_stage_2_differ_only_in_what_is_compared(tmp_path):

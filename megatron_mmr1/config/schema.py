@@ -184,8 +184,8 @@ class GrpoConfig:
     replay: str | None = None  # a run folder whose rollouts/ are used in place of the engine
     seed: int = 0
     num_steps: int = MISSING
-    # Stop earlier, after the step that has brought the number of generated responses to it, those
-    # for scoring and those discarded among them; 0 = no budget.
+    # End rather than generate more responses, those for scoring and those discarded among them;
+    # 0 = no budget.
     max_responses: int = 0
     prompts_per_step: int = MISSING
     max_tokens_per_microbatch: int = MISSING  # packed tokens of a forward pass, padding included

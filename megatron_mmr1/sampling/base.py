@@ -5,6 +5,7 @@ Owns no policy: vas.py does.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -40,10 +41,14 @@ class Sampler(ABC):
 
     @abstractmethod
     def next_batch(self) -> list[Draw]:
-        """Draw `prompts_per_step` prompts.
+        """Draw `prompts_per_step` prompts, or as many as was asked for.
 
         Called again before `observe`, it draws for the same step, to refill it.
         """
+
+    @abstractmethod
+    def ask_for(self, num_prompts: int) -> None:
+        """Set the size of the next draw alone; at most `prompts_per_step`."""
 
     @abstractmethod
     def observe(self, step: int, stats: GroupStats) -> None:
@@ -93,13 +98,23 @@ class Sampler(ABC):
             yield self.next_batch()
 
 
+def refill_size(num_mixed: int, num_drawn: int, batch_size: int) -> int:
+    """Return how many prompts to draw so that a batch has `batch_size` mixed groups.
+
+    As many as are missing, over the rate of mixed ones among those drawn for this step (Laplace's
+    rule); never more than a batch.
+    """
+    rate = (num_mixed + 1) / (num_drawn + 2)
+    return min(math.ceil((batch_size - num_mixed) / rate), batch_size)
+
+
 class EngineShare:
     """One rollout engine's share of each draw: every `size`-th prompt, from `rank` on.
 
     Strided, so that all engines' results, dealt round in turn, are in the order of the draw.
 
     Parallelism: `rank` and `size` are of the engines, whatever ranks train. Shares differ by at
-    most one prompt when `size` does not divide the batch.
+    most one prompt when `size` does not divide the batch; of a small refill some may be empty.
     """
 
     def __init__(self, sampler: Sampler, rank: int, size: int):

@@ -19,6 +19,7 @@ _START = np.array([0.0, 1.0, 0.0, 0.0, 0.0])
 _CERTAINTY = np.array([4.0, 8.0, 4.0, 8.0, 8.0])  # of the start, in units of information
 _FORGET = 0.99  # a step
 _MAX_LOG_ODDS = 8.0
+_MAX_NEWTON_STEPS, _TOLERANCE = 30, 1e-8
 NUM_BINS = 10
 
 
@@ -54,7 +55,7 @@ def features(
 
 
 class MixedGroupModel:
-    """Bayesian logistic regression, one Newton step a batch.
+    """Bayesian logistic regression by Laplace's approximation, a batch at a time.
 
     Attributes:
         weights_F: float64, in the order of FEATURES.
@@ -70,17 +71,47 @@ class MixedGroupModel:
         return 1.0 / (1.0 + np.exp(-odds_K))
 
     def learn(self, features_KF: np.ndarray, is_mixed_K: np.ndarray) -> None:
-        """Move towards what came; the start keeps its pull, and old groups fade."""
-        predicted_K = self.predict(features_KF)
-        start_FF = np.diag(_CERTAINTY)
-        old_FF = _FORGET * (self.information_FF - start_FF)
-        slope_K = predicted_K * (1.0 - predicted_K)
-        new_FF = features_KF.T @ (slope_K[:, None] * features_KF)
-        self.information_FF = start_FF + old_FF + new_FF
-        pull_F = features_KF.T @ (is_mixed_K - predicted_K) - (1.0 - _FORGET) * (
-            start_FF @ (self.weights_F - _START)
+        """Move to the likeliest weights given a batch, the start, and the groups before.
+
+        Those fade, by a factor a batch, and the start gains what they lose. The loss is convex, and
+        a Newton step that doesn't lower it is halved: where predictions are almost sure and wrong
+        their curvature says nothing of how far to go, and a whole step would overshoot.
+        """
+        start_FF, old_F = np.diag(_CERTAINTY), self.weights_F
+        before_FF = start_FF + _FORGET * (self.information_FF - start_FF)
+        pull_F = (1.0 - _FORGET) * (start_FF @ (old_F - _START))
+
+        def loss(weights_F: np.ndarray) -> float:
+            odds_K, moved_F = features_KF @ weights_F, weights_F - old_F
+            surprise = np.logaddexp(0.0, odds_K).sum() - is_mixed_K @ odds_K
+            return float(surprise + pull_F @ moved_F + 0.5 * moved_F @ before_FF @ moved_F)
+
+        weights_F, worth = old_F, loss(old_F)
+        for _ in range(_MAX_NEWTON_STEPS):
+            slope_F, batch_FF = self._derivatives(weights_F, features_KF, is_mixed_K)
+            slope_F = slope_F + pull_F + before_FF @ (weights_F - old_F)
+            step_F = np.linalg.solve(before_FF + batch_FF, slope_F)
+            while (found := loss(weights_F - step_F)) > worth and np.abs(step_F).max() > _TOLERANCE:
+                step_F = step_F / 2.0
+            if found > worth:
+                break
+            weights_F, worth = weights_F - step_F, found
+            if np.abs(step_F).max() <= _TOLERANCE:
+                break
+        self.weights_F = weights_F
+        self.information_FF = before_FF + self._derivatives(weights_F, features_KF, is_mixed_K)[1]
+
+    @staticmethod
+    def _derivatives(
+        weights_F: np.ndarray, features_KF: np.ndarray, is_mixed_K: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return gradient and curvature of a batch's surprise."""
+        predicted_K = 1.0 / (1.0 + np.exp(-(features_KF @ weights_F).clip(-500.0, 500.0)))
+        curvature_K = predicted_K * (1.0 - predicted_K)
+        return (
+            features_KF.T @ (predicted_K - is_mixed_K),
+            features_KF.T @ (curvature_K[:, None] * features_KF),
         )
-        self.weights_F = self.weights_F + np.linalg.solve(self.information_FF, pull_F)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights and information."""

@@ -113,6 +113,7 @@ class VasSampler(Sampler):
         self.num_drawn = 0
         self.num_epochs = 0
         self._drawn = Occurrences()  # of the step that is being drawn for
+        self._num_wanted = batch_size
         self._is_table_due = False
 
     def next_batch(self) -> list[Draw]:
@@ -122,18 +123,23 @@ class VasSampler(Sampler):
         replacement high scores tend to come first. A refill of the same step takes other prompts,
         as long as there are enough.
         """
+        num, self._num_wanted = self._num_wanted, self.batch_size
         taken = set[int]() if self.config.with_replacement else self._drawn.drawn
-        if len(taken) + self.batch_size > len(self.pool.ids):
+        if len(taken) + num > len(self.pool.ids):
             taken = set()
-        scored = self._draw_scored(num_scored_draws(self.mixture_ratio, self.batch_size), taken)
+        scored = self._draw_scored(num_scored_draws(self.mixture_ratio, num), taken)
         if not self.config.with_replacement:
             taken |= set(scored)
-        batch = scored + self.passes.take(self.batch_size - len(scored), taken)
+        batch = scored + self.passes.take(num - len(scored), taken)
         if scored:
             batch = self.rng.permutation(batch).tolist()
         np.add.at(self.draws_P, batch, 1)
         self.num_drawn += len(batch)
         return self._drawn.number(batch)
+
+    def ask_for(self, num_prompts: int) -> None:
+        """Set the size of the next draw."""
+        self._num_wanted = num_prompts
 
     @property
     def mixture_ratio(self) -> float:

@@ -15,6 +15,7 @@ from megatron_mmr1.backend import parallel
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.rollout.engine import Sampling
+from megatron_mmr1.sampling.base import refill_size
 from megatron_mmr1.sampling.statistics import GroupStats
 from megatron_mmr1.trainers.exchange import all_groups, all_stats
 from megatron_mmr1.trainers.setup import Parts
@@ -45,36 +46,64 @@ class Collected:
         }
 
 
-def collect(config: GrpoConfig, parts: Parts, sampling: Sampling) -> Collected:
+def batch_responses(config: GrpoConfig) -> int:
+    """Return the responses of a step without refills and scoring."""
+    return config.prompts_per_step * config.rollout.group_size
+
+
+def num_scoring_responses(step: int, config: GrpoConfig, parts: Parts) -> int:
+    """Return the responses that the sampler wants before `step`, only to score prompts."""
+    return len(parts.sampler.prompts_to_score(step)) * config.sampler.scoring_rollouts
+
+
+def collect(
+    config: GrpoConfig, parts: Parts, sampling: Sampling, num_responses: int = 0
+) -> Collected:
     """Generate the groups of a step.
 
     With dynamic sampling (DAPO, arXiv:2503.14476, section 3.2) groups whose rewards are all equal
-    are set aside, and others are drawn, at most `sampler.max_refills` times. What is missing then
-    is filled up with groups that were set aside: they have no gradient, and nothing stalls.
+    are set aside, and others are drawn, at most `sampler.max_refills` times. What is missing then,
+    or when `max_responses` has no more, is filled up with groups that were set aside: no advantage
+    comes of them, and nothing stalls.
+
+    Departure: DAPO and its followers refill by whole batches. Here a refill is as large as what is
+    missing needs at the rate seen in this step, so that hardly a mixed group is thrown away.
+
+    Args:
+        num_responses: generated before.
     """
-    kept: list[ScoredGroup] = []
-    equal: list[ScoredGroup] = []
-    stats: list[np.ndarray] = []
+    size, left = config.prompts_per_step, config.max_responses - num_responses
+    groups, found = _draw(config.prompts_per_step, config, parts, sampling)
+    stats, is_mixed = [found.to_rows()], [has_variance(group) for group in groups]
     num_refills = 0
-    while True:
-        with parts.timers.phase("sampler"):
-            prompts = next(parts.prompts)
-        groups, found = generate_and_judge(prompts, sampling, config.prompts_per_step, parts)
-        stats.append(found.to_rows())
-        if config.sampler.max_refills == 0:
-            return Collected(groups, [], found, 0)
-        for group in groups:
-            (kept if has_variance(group) else equal).append(group)
-        if len(kept) >= config.prompts_per_step or num_refills == config.sampler.max_refills:
+    while sum(is_mixed) < size and num_refills < config.sampler.max_refills:
+        num_wanted = refill_size(sum(is_mixed), len(groups), size)
+        if config.max_responses > 0 and left < (len(groups) + num_wanted) * sampling.group_size:
             break
         num_refills += 1
-    num_missing = max(config.prompts_per_step - len(kept), 0)
+        parts.sampler.ask_for(num_wanted)
+        more, found = _draw(num_wanted, config, parts, sampling)
+        groups += more
+        stats.append(found.to_rows())
+        is_mixed += [has_variance(group) for group in more]
+    # Mixed ones first, then what is missing; in the order in which they were drawn, so that each of
+    # several optimizer steps gets some of both.
+    chosen = set(sorted(range(len(groups)), key=lambda i: not is_mixed[i])[:size])
     return Collected(
-        kept[: config.prompts_per_step] + equal[:num_missing],
-        kept[config.prompts_per_step :] + equal[num_missing:],
+        [group for i, group in enumerate(groups) if i in chosen],
+        [group for i, group in enumerate(groups) if i not in chosen],
         GroupStats.of_rows(np.concatenate(stats)),
         num_refills,
     )
+
+
+def _draw(
+    num_prompts: int, config: GrpoConfig, parts: Parts, sampling: Sampling
+) -> tuple[list[ScoredGroup], GroupStats]:
+    """Take the sampler's next draw, of so many prompts, and make its groups."""
+    with parts.timers.phase("sampler"):
+        prompts = next(parts.prompts)
+    return generate_and_judge(prompts, sampling, num_prompts, parts)
 
 
 def score_if_due(step: int, config: GrpoConfig, parts: Parts, sampling: Sampling) -> int:
@@ -82,26 +111,22 @@ def score_if_due(step: int, config: GrpoConfig, parts: Parts, sampling: Sampling
     indices = parts.sampler.prompts_to_score(step)
     if not indices:
         return 0
-    num_rollouts = config.sampler.scoring_rollouts
-    sampling = replace(sampling, group_size=num_rollouts, is_scoring=True)
+    sampling = replace(sampling, group_size=config.sampler.scoring_rollouts, is_scoring=True)
     rows: list[np.ndarray] = []
     chunks = list(batched(indices, config.prompts_per_step))
-    with (
-        parts.timers.phase("scoring"),
-        Progress(
-            len(chunks), title="scoring prompts", is_quiet=not parallel.is_main(), is_brief=True
-        ) as progress,
-    ):
+    with Progress(
+        len(chunks), title="scoring prompts", is_quiet=not parallel.is_main(), is_brief=True
+    ) as progress:
         for number, chunk in enumerate(chunks, 1):
             mine = chunk[parts.place.index :: parts.place.num_engines]
             prompts = [parts.train_set[index] for index in mine]
-            groups = _generate(prompts, sampling, parts)
+            groups = _generate(prompts, sampling, parts, "scoring")
             rows.append(
                 all_stats(parts.statistician.collect(groups, mine), len(chunk), parts.place)
             )
             progress.update(number, {})
     parts.sampler.observe_scoring(step, GroupStats.of_rows(np.concatenate(rows)))
-    return len(indices) * num_rollouts
+    return num_scoring_responses(step, config, parts)
 
 
 def generate_and_judge(
@@ -112,7 +137,7 @@ def generate_and_judge(
     Args:
         num_prompts: of the whole draw.
     """
-    mine = _generate(prompts, sampling, parts)
+    mine = _generate(prompts, sampling, parts, "rollout")
     indices = [parts.train_set.index_of(prompt.prompt_id) for prompt in prompts]
     with parts.timers.phase("exchange"):
         rows = all_stats(parts.statistician.collect(mine, indices), num_prompts, parts.place)
@@ -125,9 +150,15 @@ def has_variance(group: ScoredGroup) -> bool:
     return len(rewards) > 1
 
 
-def _generate(prompts: Sequence[Prompt], sampling: Sampling, parts: Parts) -> list[ScoredGroup]:
-    """Generate and judge; verdicts and diversities are made while others are generated."""
-    with parts.timers.phase("rollout"):
+def _generate(
+    prompts: Sequence[Prompt], sampling: Sampling, parts: Parts, phase: str
+) -> list[ScoredGroup]:
+    """Generate and judge; verdicts and diversities are made while others are generated.
+
+    Args:
+        phase: whose time it is, "rollout" or "scoring".
+    """
+    with parts.timers.phase(phase):
         for group in parts.engine.generate(prompts, sampling):
             parts.sync.check(group.weight_version)
             parts.verifier.submit(group)

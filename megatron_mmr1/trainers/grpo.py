@@ -19,7 +19,13 @@ from megatron_mmr1.evaluation import accuracy
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
 from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
-from megatron_mmr1.trainers.collect import Collected, collect, score_if_due
+from megatron_mmr1.trainers.collect import (
+    Collected,
+    batch_responses,
+    collect,
+    num_scoring_responses,
+    score_if_due,
+)
 from megatron_mmr1.trainers.reporting import Recorder, export_model
 from megatron_mmr1.trainers.setup import Parts, build_parts
 from megatron_mmr1.trainers.trust import stop_if_untrustworthy
@@ -43,14 +49,14 @@ def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
         with Progress(config.num_steps, start, "GRPO", is_quiet=not parallel.is_main()) as progress:
             if start == 0 and config.replay is None:
                 records.write_metrics(0, _evaluate(config, parts) | parts.timers.pop())
-            for step in range(start + 1, config.num_steps + 1):
+            step, is_last = start, _is_over(start, num_responses, config, parts)
+            while not is_last:
+                step += 1
                 is_best = False
                 with parts.timers.phase("step"):
-                    collected, metrics = _step(step, config, parts)
-                    num_responses += int(metrics["rollout/responses"])
-                    num_responses += int(metrics["rollout/scoring_responses"])
-                    metrics["rollout/responses_total"] = float(num_responses)
-                    is_last = step == config.num_steps or 0 < config.max_responses <= num_responses
+                    collected, metrics = _step(step, num_responses, config, parts)
+                    num_responses = int(metrics["rollout/responses_total"])
+                    is_last = _is_over(step, num_responses, config, parts)
                     records.write_groups(step, collected, parts.train_set)
                     records.write_sampler(parts.sampler)
                     if config.replay is None and _is_due(step, config.evaluation.every, is_last):
@@ -70,19 +76,37 @@ def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
                             "sampler": parts.sampler.state_dict(),
                         }
                         parts.checkpoints.save(step, parts.policy, state, is_best)
-                if is_last:
-                    break
         records.close()
         export_model(run_dir, parts.policy, config.model.path)
 
 
-def _step(step: int, config: GrpoConfig, parts: Parts) -> tuple[Collected, dict[str, float]]:
+def _is_over(step: int, num_responses: int, config: GrpoConfig, parts: Parts) -> bool:
+    """Whether `step` was the last one: no other is wanted, or the budget has none left."""
+    if step == config.num_steps:
+        return True
+    needed = num_scoring_responses(step + 1, config, parts) + batch_responses(config)
+    is_over = 0 < config.max_responses < num_responses + needed
+    if is_over and step == 0:
+        raise ValueError(
+            f"max_responses={config.max_responses} has no room for one step, which takes {needed} "
+            "responses; raise it, or lower prompts_per_step, rollout.group_size or "
+            "sampler.scoring_rollouts"
+        )
+    return is_over
+
+
+def _step(
+    step: int, num_responses: int, config: GrpoConfig, parts: Parts
+) -> tuple[Collected, dict[str, float]]:
     """Draw, sample, judge, learn, push the weights,
     and tell the sampler what its prompts were worth.
+
+    Args:
+        num_responses: generated before this step.
     """
     timers, sampling = parts.timers, _training_sampling(config, step)
     num_scoring = score_if_due(step, config, parts, sampling)
-    collected = collect(config, parts, sampling)
+    collected = collect(config, parts, sampling, num_responses + num_scoring)
     with timers.phase("train"):
         metrics = _learn(collected.groups, config, parts)
     with timers.phase("weight_sync"):
@@ -92,6 +116,8 @@ def _step(step: int, config: GrpoConfig, parts: Parts) -> tuple[Collected, dict[
     sums = group_sums([*collected.groups, *collected.discarded])
     metrics |= group_metrics(sums, timers.seconds("rollout")) | collected.metrics()
     metrics["rollout/scoring_responses"] = float(num_scoring)
+    num_generated = sum(len(g.scores) for g in (*collected.groups, *collected.discarded))
+    metrics["rollout/responses_total"] = float(num_responses + num_scoring + num_generated)
     return collected, metrics | parts.sampler.metrics()
 
 

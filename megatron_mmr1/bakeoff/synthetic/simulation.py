@@ -15,7 +15,7 @@ import numpy as np
 from megatron_mmr1.bakeoff.synthetic.arms import Arm, FlatPrior
 from megatron_mmr1.bakeoff.synthetic.policy import Drift, Policy
 from megatron_mmr1.bakeoff.synthetic.pools import NUM_PROMPTS, Pool
-from megatron_mmr1.sampling.base import Draw, Occurrences
+from megatron_mmr1.sampling.base import Draw, Occurrences, refill_size
 from megatron_mmr1.sampling.estimators import Posterior
 from megatron_mmr1.sampling.scores import mixed_probability
 from megatron_mmr1.sampling.statistics import NUM_COLUMNS, GroupStats
@@ -76,6 +76,10 @@ class Drawer(Protocol):
         """Draw for a step."""
         ...
 
+    def ask_for(self, num_prompts: int) -> None:
+        """Set the size of the next draw."""
+        ...
+
     def prompts_to_score(self, step: int) -> list[int]:
         """Return the prompts to be scored before a step."""
         ...
@@ -100,6 +104,9 @@ class Oracle:
         worth_P = self.policy.mixed_P(self.setting.group_size)
         size = self.setting.batch_size
         return Occurrences().number(np.argpartition(-worth_P, size)[:size].tolist())
+
+    def ask_for(self, num_prompts: int) -> None:
+        """Never asked: this arm has no refills."""
 
     def prompts_to_score(self, step: int) -> list[int]:
         """Return none."""
@@ -182,12 +189,15 @@ class _Run:
         max_refills = self.arm.config.max_refills if self.arm.config else 0
         rows: list[np.ndarray] = []
         stats = GroupStats.of_rows(np.zeros((0, NUM_COLUMNS)))
-        for _ in range(1 + max_refills):
+        for refill in range(1 + max_refills):
+            if refill:
+                num_mixed = int(stats.is_mixed_K.sum())
+                if num_mixed >= size or self.left < group_size:
+                    break
+                self.sampler.ask_for(refill_size(num_mixed, len(stats.index_K), size))
             index = [draw.row for draw in self.sampler.next_batch()]
             rows.append(self._generate(index, group_size).to_rows())
             stats = GroupStats.of_rows(np.concatenate(rows))
-            if stats.is_mixed_K.sum() >= size or not self.left:
-                break
         # Mixed groups first, then what is missing, each in the order in which they came.
         kept = stats.take(np.argsort(~stats.is_mixed_K, kind="stable")[:size])
         self.discarded += (len(stats.index_K) - len(kept.index_K)) * group_size

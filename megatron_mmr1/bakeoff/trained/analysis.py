@@ -18,6 +18,7 @@ from megatron_mmr1.bakeoff.trained.pools import MIXES
 from megatron_mmr1.bakeoff.trained.runs import (
     ARMS,
     BUDGET,
+    GROUP_SIZE,
     LEVEL_GIVEN,
     REPORTED_SEEDS,
     TUNING_SEEDS,
@@ -30,12 +31,13 @@ GAINS = (0.5, 0.8, 1.0)
 AXIS_X = np.linspace(0, BUDGET, 121)
 NUM_RESAMPLES = 4000
 _ACCURACY = "eval/accuracy_sampled"
-_MEANS = ("groups/mixed_rate", "grad_norm", "sampler/brier")
+_MEANS = ("grad_norm", "sampler/brier")
+MIXED = "mixed groups per 1,000 responses"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One run.
+    """One run. One that crashed is worth what its cold start was, all the way.
 
     Attributes:
         error: what it crashed with; "" if it didn't.
@@ -63,6 +65,10 @@ class Result:
 
         means = {name: mean(name) for name in _MEANS}
         means["sampler/coverage"] = steps[-1]["sampler/coverage"] if steps else None
+        if steps:
+            means[MIXED] = round(1000 * _num_mixed(steps) / steps[-1]["rollout/responses_total"], 3)
+        if record["error"]:
+            rows = rows[:1]
         return cls(
             run,
             record["error"],
@@ -75,12 +81,17 @@ class Result:
         )
 
     def final(self, measure: str) -> float:
-        """Return the accuracy when the budget was spent; NaN if the run crashed."""
-        return self.accuracy[measure][-1] if not self.error else float("nan")
+        """Return the accuracy at the end."""
+        return self.accuracy[measure][-1]
 
     def curve(self, measure: str) -> np.ndarray:
         """Return the accuracy at AXIS_X, by straight lines between evaluations."""
         return np.interp(AXIS_X, self.responses, self.accuracy[measure])
+
+
+def _num_mixed(steps: Sequence[Mapping[str, float]]) -> float:
+    """Return how many mixed groups were made for training, those thrown away among them."""
+    return sum(r["groups/mixed_rate"] * r["rollout/responses"] for r in steps) / GROUP_SIZE
 
 
 def _of_mix(row: Mapping[str, float], mix: Mapping[str, float]) -> float:
@@ -104,8 +115,6 @@ def load_results(path: Path) -> list[Result]:
 def chosen_learning_rates(results: Sequence[Result]) -> dict[tuple[str, str], float]:
     """Return the best learning rate by (pool, arm): mean final accuracy over the tuning seeds.
 
-    A crashed run counts as if it had no accuracy at all: 0.
-
     Raises:
         ValueError: tuning runs are missing.
     """
@@ -113,8 +122,7 @@ def chosen_learning_rates(results: Sequence[Result]) -> dict[tuple[str, str], fl
     for result in results:
         run = result.run
         if run.seed in TUNING_SEEDS:
-            value = 0.0 if result.error else result.final(MEASURES[0])
-            finals[run.pool, run.arm, run.lr].append(value)
+            finals[run.pool, run.arm, run.lr].append(result.final(MEASURES[0]))
     chosen = {}
     for pool in MIXES:
         for arm in ARMS:
@@ -146,13 +154,16 @@ def cost_ratio(arm_SX: np.ndarray, uniform_SX: np.ndarray, gain: float) -> Inter
     """Return the responses that an arm needs to reach an accuracy, relative to uniform.
 
     Of the mean curves. The interval is a percentile bootstrap over seeds, the same ones for both
-    arms; with six seeds it is somewhat narrow. inf: not within the budget.
+    arms; with six seeds it is somewhat narrow. inf: not within the budget; NaN: uniform gains
+    nothing.
 
     Args:
         gain: the accuracy is where uniform has made this share of its gain over the cold start.
     """
 
     def ratio(arm_X: np.ndarray, uniform_X: np.ndarray) -> float:
+        if not uniform_X[-1] > uniform_X[0]:
+            return float("nan")
         target = float(uniform_X[0] + gain * (uniform_X[-1] - uniform_X[0]))
         return responses_to_reach(arm_X, target) / responses_to_reach(uniform_X, target)
 
@@ -168,7 +179,7 @@ class Row:
     """One arm on one pool.
 
     Attributes:
-        num_seeds: that all arms of the pool have finished.
+        num_seeds: that all arms of the pool have.
         num_crashed: of its reported runs.
         curves: by measure, mean over seeds, [X].
         final, above_uniform: by measure, mean accuracy and paired difference, Student's t.
@@ -203,9 +214,7 @@ def compare(results: Sequence[Result]) -> list[Row]:
             for arm in (*ARMS, LEVEL_GIVEN)
         }
         seeds = [
-            seed
-            for seed in REPORTED_SEEDS
-            if all(seed in of_arm and not of_arm[seed].error for of_arm in found.values())
+            seed for seed in REPORTED_SEEDS if all(seed in of_arm for of_arm in found.values())
         ]
         if not seeds:
             continue

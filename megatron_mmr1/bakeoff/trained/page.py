@@ -12,6 +12,7 @@ from megatron_mmr1.bakeoff.trained.analysis import (
     AXIS_X,
     GAINS,
     MEASURES,
+    MIXED,
     Result,
     Row,
     chosen_learning_rates,
@@ -33,7 +34,7 @@ from megatron_mmr1.observability.template import card, legend_item, section
 TITLE = "Stage 2: the real trainer on the embedded task"
 HEADER = (
     *("arm", "learning rate", "accuracy: own mix, %", "minus uniform, points"),
-    *("accuracy: frontier, %", "minus uniform, points", "mixed rate, %"),
+    *("accuracy: frontier, %", "minus uniform, points", MIXED),
     *("gradient norm", "coverage, %", "seeds, crashed"),
 )
 COST_HEADER = ("arm", *(f"{measure}, {gain:.0%}" for measure in MEASURES for gain in GAINS))
@@ -55,7 +56,8 @@ def notes(results: Sequence[Result]) -> str:
         f" {num_finished} of {len(reported)} reported runs are there. Accuracy is sampled, 4"
         f" answers a prompt, on unseen prompts ({num_heldout}); the own mix weights the classes as"
         " the pool does. 95% intervals by Student's t, differences paired by seed; (null): the"
-        " interval includes zero. Cost ratios are of the mean curves, their intervals a bootstrap"
+        " interval includes zero. A crashed run counts as its cold start. Cost ratios are of the"
+        " mean curves, their intervals a bootstrap"
         " over seeds (somewhat narrow with six); below 1 is fewer responses, inf is not within the"
         " budget."
     )
@@ -72,7 +74,7 @@ def cells(row: Row) -> list[str]:
         "-" if is_uniform else difference(row.above_uniform[own]),
         points(row.final[frontier]),
         "-" if is_uniform else difference(row.above_uniform[frontier]),
-        f"{100 * row.means['groups/mixed_rate']:.0f}",
+        f"{row.means[MIXED]:.0f}",
         f"{row.means['grad_norm']:.2f}",
         f"{100 * row.means['sampler/coverage']:.0f}",
         f"{row.num_seeds}, {row.num_crashed}",
