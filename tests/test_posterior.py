@@ -6,6 +6,7 @@ Simulations have fixed seeds, and tolerances that are several standard errors of
 import numpy as np
 import pytest
 from sampling_cases import groups, make
+from scipy import optimize
 from scipy.integrate import quad
 from scipy.special import betaln
 
@@ -322,6 +323,40 @@ def test_a_fit_to_groups_that_are_as_predicted_stays_where_it_was():
         x_KF = features(mixed, rng.random(64), rng.integers(0, 60, 64), rng.uniform(0.2, 0.8, 64))
         model.learn(x_KF, (rng.random(64) < mixed).astype(float))
     assert np.abs(model.weights_F - start.weights_F).max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "believed", "truth"),
+    [(512, 0.02, 0.5), (512, 0.95, 0.6), (512, 0.97, 0.5), (32, 0.02, 0.5)],
+)
+def test_the_fit_does_not_overshoot_where_it_was_almost_sure(num_groups, believed, truth):
+    """From a belief far out, whose curvature is next to nothing, in batches of the paper's size."""
+    rng, model = np.random.default_rng(0), MixedGroupModel()
+    found = []
+    for _ in range(12):
+        mixed = believed * rng.uniform(0.9, 1.02, num_groups)
+        tds, age = np.full(num_groups, 0.5), rng.integers(0, 20, num_groups)
+        x_KF = features(mixed, tds, age, np.full(num_groups, believed))
+        found.append(model.predict(x_KF).mean())
+        model.learn(x_KF, (rng.random(num_groups) < truth).astype(float))
+    assert abs(found[0] - believed) < 0.05
+    np.testing.assert_allclose(found[1:], truth, atol=0.1)
+
+
+def test_the_fit_is_the_likeliest():
+    """One batch from the start: against scipy's minimum of the penalised surprise."""
+    rng, model = np.random.default_rng(1), MixedGroupModel()
+    x_KF = features(rng.random(64), rng.random(64), rng.integers(0, 60, 64), rng.random(64))
+    y_K, start_F = (rng.random(64) < 0.7).astype(float), model.weights_F
+    certainty_FF = model.information_FF
+
+    def loss(w_F):
+        odds_K, moved_F = x_KF @ w_F, w_F - start_F
+        surprise = np.logaddexp(0, odds_K).sum() - y_K @ odds_K
+        return surprise + moved_F @ certainty_FF @ moved_F / 2
+
+    model.learn(x_KF, y_K)
+    np.testing.assert_allclose(model.weights_F, optimize.minimize(loss, start_F).x, atol=1e-4)
 
 
 def test_calibration_learns_inside_the_sampler():

@@ -256,8 +256,11 @@ def test_a_run_leaves_its_records_and_its_report(whole: Path):
 
 def num_groups_with_a_gradient(run_dir: Path, step: int) -> int:
     """Groups whose rewards differ: only these have advantages."""
-    groups = read_rollouts(run_dir, step)
-    return sum(len({r["reward"] for r in group["rollouts"]}) > 1 for group in groups)
+    return sum(is_mixed(group) for group in read_rollouts(run_dir, step))
+
+
+def is_mixed(group: dict[str, Any]) -> bool:
+    return len({r["reward"] for r in group["rollouts"]}) > 1
 
 
 def test_a_run_learns_from_its_rollouts(runs: Runs, whole: Path):
@@ -402,6 +405,44 @@ def test_evaluate_agrees_with_the_runs_own_last_evaluation(continued: Continued,
     expected = read_metrics(whole)[-1]["eval/accuracy_greedy"]
     assert outcomes.count("correct") / len(outcomes) == expected
     assert f"{expected:.1%}" in continued.evaluated.stdout
+
+
+def test_dynamic_sampling_on_two_engines_keeps_to_its_budget(runs: Runs):
+    """Refills are dealt to both engines, however small; a finished run that is resumed is over."""
+    budget = ("sampler=dapo", "max_responses=200", "checkpoint.every=1", "evaluation.every=0")
+    runs.train("dapo", *budget, ranks=2).wait().succeeded()
+    rows = read_metrics(runs.dir("dapo"))[1:]
+    assert sum(row["rollout/refills"] for row in rows) > 0
+    assert rows[-1]["rollout/responses_total"] <= 200 < rows[-1]["rollout/responses_total"] + 8 * 4
+    total = 0
+    for row in rows:
+        groups = read_rollouts(runs.dir("dapo"), row["step"])
+        trained = [g for g in groups if not g["is_discarded"]]
+        assert len(trained) == 8
+        assert row["rollout/discarded_responses"] == 4 * (len(groups) - 8)
+        total += 4 * len(groups)
+        assert row["rollout/responses_total"] == total
+        mixed, equal = ([g for g in groups if is_mixed(g) is kind] for kind in (True, False))
+        if len(mixed) >= 8:
+            assert all(is_mixed(g) for g in trained)
+        else:
+            assert all(g in trained for g in mixed) and len(equal) >= 8 - len(mixed)
+    runs.train("dapo", *budget, "resume=auto", ranks=2).wait().succeeded()
+    assert read_metrics(runs.dir("dapo"))[1:] == rows
+
+
+def test_scoring_rollouts_count_and_are_not_trained_on(runs: Runs):
+    paper = ("sampler=paper_table_6", "sampler.scoring_rollouts=2", "sampler.update_every=2")
+    runs.train("paper", *paper, "num_steps=3", "evaluation.every=0").wait().succeeded()
+    rows = read_metrics(runs.dir("paper"))[1:]
+    assert [row["rollout/scoring_responses"] for row in rows] == [2 * 40, 0, 2 * 40]
+    assert [row["rollout/responses_total"] for row in rows] == [112, 144, 256]
+    assert len(read_rollouts(runs.dir("paper"), 1)) == 8
+    table = read_prompt_stats(runs.dir("paper"))
+    assert (~np.isnan(table["pass_rate"])).all() and set(table["step"]) == {1, 3}
+    refused = runs.train("small", *paper, "max_responses=100").wait()
+    assert refused.returncode != 0
+    assert "max_responses=100 has no room for one step, which takes 112 responses" in refused.stderr
 
 
 def test_logprobs_that_differ_too_much_stop_the_run(replays: Replays):

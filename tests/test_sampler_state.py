@@ -1,5 +1,6 @@
 """A sampler's state, and the same sampler on several engines: later draws are exactly the same."""
 
+import copy
 import itertools
 import multiprocessing
 import os
@@ -132,3 +133,13 @@ def test_a_data_loader_draws_a_batch_only_when_it_is_asked_for():
     for step in range(1, 6):
         assert len(next(loader)) == 2
         assert sampler.draws_P.sum() == sampler.num_drawn == 2 * step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_state_stays_as_it_was(kind: str):
+    sampler = make(num_steps=20, **KINDS[kind])
+    live(sampler, range(1, 3))
+    state = sampler.state_dict()
+    kept = copy.deepcopy(state)
+    live(sampler, range(3, 6))
+    np.testing.assert_equal(state, kept)

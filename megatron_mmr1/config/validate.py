@@ -64,7 +64,7 @@ def validate(config: GrpoConfig, world_size: int) -> None:
         _check_replay(Path(config.replay), config.num_steps)
     _check_run(config.seed, config.num_steps)
     _check_model(config.model)
-    _check_sampler(config.sampler, config.rollout.group_size)
+    _check_sampler(config.sampler)
     _at_least("max_responses", config.max_responses, 0)
     _require(
         config.replay is None or config.sampler.scoring_rollouts == 0,
@@ -280,7 +280,7 @@ def _check_optimizer(config: OptimizerConfig, num_optimizer_steps: int) -> None:
     _at_least("optimizer.max_grad_norm", config.max_grad_norm, 0)
 
 
-def _check_sampler(config: SamplerConfig, group_size: int) -> None:
+def _check_sampler(config: SamplerConfig) -> None:
     _choice("sampler.estimator", config.estimator, ("posterior", "refresh", "released_code"))
     _choice("sampler.score", config.score, ("vps", "variance", "mixed", "calibrated"))
     measures = ("self_bleu", "distinct_n", "edit_distance", "padded_self_bleu")
@@ -317,15 +317,25 @@ def _check_sampler(config: SamplerConfig, group_size: int) -> None:
             config.thompson,
             "has no pass rate to draw with sampler.score=calibrated; use vps, variance or mixed",
         )
-    else:
-        _at_least("sampler.scoring_rollouts", config.scoring_rollouts, 2)
-    needs_pairs = config.estimator == "posterior" and config.mixture_ratio > 0
+        return
+    _at_least("sampler.scoring_rollouts", config.scoring_rollouts, 2)
     _require(
-        group_size > 1 or not needs_pairs,
-        "rollout.group_size",
-        group_size,
-        "makes no group that can be mixed; use 2 or more, or sampler=uniform",
+        config.with_replacement or config.estimator != "released_code",
+        "sampler.with_replacement",
+        config.with_replacement,
+        "is not what the released code does; use true, or sampler.estimator=refresh",
     )
+    usual = SamplerConfig()
+    for key, only in {
+        **{"score": "vps", "power": 1.0, "thompson": False},
+        **{key: getattr(usual, key) for key in ("prior", "discount", "prior_discount")},
+    }.items():
+        _require(
+            getattr(config, key) == only,
+            f"sampler.{key}",
+            getattr(config, key),
+            f"is of a posterior, and sampler.estimator={config.estimator}; use {only}",
+        )
 
 
 def _check_training_rollout(config: RolloutConfig) -> None:
@@ -400,12 +410,15 @@ def _at_least(key: str, value: float, least: int) -> None:
 
 def _positive(key: str, value: float) -> None:
     _require(value > 0, key, value, "is not above 0; use a larger number")
+    _require(value < math.inf, key, value, "is not finite; use a smaller number")
 
 
 def _not_both_zero(key: str, value: float, other_key: str, other: float) -> None:
     """Two weights: neither below 0, and one above it."""
     _at_least(key, value, 0)
     _at_least(other_key, other, 0)
+    for of, weight in ((key, value), (other_key, other)):
+        _require(weight < math.inf, of, weight, "is not finite; use a smaller number")
     _require(value + other > 0, key, value, f"and {other_key}={other!r} weigh nothing; raise one")
 
 

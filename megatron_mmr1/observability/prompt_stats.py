@@ -1,4 +1,8 @@
-"""`prompt_stats.parquet`: what the sampler believed of each prompt, a row a prompt an update."""
+"""`prompt_stats.parquet/`: what the sampler believed of each prompt, a row a prompt an update.
+
+A folder with a file an update, which parquet readers take as one table: adding an update costs that
+update alone.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_mmr1.observability.files import replacing
@@ -35,30 +38,27 @@ SCHEMA = pa.schema(
 def append_prompt_stats(
     run_dir: Path | str, rows: Mapping[str, Sequence[object] | np.ndarray]
 ) -> None:
-    """Add one update's rows: the columns of `SCHEMA`, all of one length.
+    """Add one update's rows: the columns of `SCHEMA`, all of one length and one step.
 
-    The file is rewritten whole and renamed into place, so that a reader never sees half of it.
+    Its file is renamed into place, so that a reader never sees half of it.
     """
-    path = Path(run_dir) / PROMPT_STATS_FILE
     table = pa.table({name: pa.array(rows[name]) for name in SCHEMA.names}).cast(SCHEMA)
-    if path.exists():
-        table = pa.concat_tables([pq.read_table(path, schema=SCHEMA), table])
+    path = Path(run_dir) / PROMPT_STATS_FILE / f"step_{rows['step'][0]:06d}.parquet"
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
 
 def read_prompt_stats(run_dir: Path | str) -> dict[str, np.ndarray]:
     """Return the columns, rows in the order written; empty columns when there is no file."""
-    path = Path(run_dir) / PROMPT_STATS_FILE
-    table = pq.read_table(path, schema=SCHEMA) if path.exists() else SCHEMA.empty_table()
+    paths = sorted((Path(run_dir) / PROMPT_STATS_FILE).glob("step_*.parquet"))
+    table = pa.concat_tables(
+        [SCHEMA.empty_table(), *(pq.read_table(path, schema=SCHEMA) for path in paths)]
+    )
     return {name: table[name].to_numpy() for name in SCHEMA.names}
 
 
 def truncate_prompt_stats(run_dir: Path, step: int) -> None:
     """Drop the rows of updates after `step`."""
-    path = run_dir / PROMPT_STATS_FILE
-    if not path.exists():
-        return
-    table = pq.read_table(path, schema=SCHEMA)
-    with replacing(path) as temporary:
-        pq.write_table(table.filter(pc.field("step") <= step), temporary)
+    for path in (run_dir / PROMPT_STATS_FILE).glob("step_*.parquet"):
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()

@@ -54,6 +54,7 @@ def request_seed(sampling: Sampling, key: GroupKey) -> int:
     """
     prompt_id, occurrence = key
     text = f"{sampling.seed}/{sampling.step}/{prompt_id}"
-    text += f"/{occurrence}" if occurrence else ""
-    text += "/scoring" if sampling.is_scoring else ""
+    # NUL: no part may be read as the end of an id.
+    text += f"\0{occurrence}" if occurrence else ""
+    text += "\0scoring" if sampling.is_scoring else ""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

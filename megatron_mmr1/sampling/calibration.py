@@ -115,7 +115,7 @@ class MixedGroupModel:
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights and information."""
-        return {"weights": self.weights_F, "information": self.information_FF}
+        return {"weights": self.weights_F.copy(), "information": self.information_FF.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""

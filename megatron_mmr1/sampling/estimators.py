@@ -185,10 +185,10 @@ class Posterior(Estimator):
         """Return posteriors, priors, fit and record of predictions."""
         return {
             **(rates := self.rates.state_dict()),
-            "prompts": {"tds": self.tds_P, **rates["prompts"]},
+            "prompts": {"tds": self.tds_P.copy(), **rates["prompts"]},
             "tds": (self._tds_total, self._num_tds),
             "model": self.model.state_dict(),
-            "reliability": self.reliability.sums_3B,
+            "reliability": self.reliability.sums_3B.copy(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -211,6 +211,7 @@ class Refresh(Estimator):
     def __init__(self, stratum_P: np.ndarray, config: SamplerConfig, group_size: int):
         super().__init__(stratum_P, config, group_size)
         self.pass_rate_P = np.full(len(stratum_P), np.nan)
+        self._usual_ovs = 0.25
 
     def is_refresh_due(self, step: int) -> bool:
         """Before step 1, and then every `update_every` steps."""
@@ -223,6 +224,12 @@ class Refresh(Estimator):
         """Replace the statistics of the prompts that were scored."""
         self.pass_rate_P[stats.index_K] = stats.num_correct_K / stats.num_judged_K
         self._set_diversity(stats.index_K, stats.diversity_K)
+        self._set_usual()
+
+    def _set_usual(self) -> None:
+        known_P = self.pass_rate_P[~np.isnan(self.pass_rate_P)]
+        if len(known_P):
+            self._usual_ovs = float(scores.outcome_variance_score(known_P).mean())
 
     def pass_rate(self, version: int, index: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Return the scoring rollouts' share of correct ones."""
@@ -233,10 +240,8 @@ class Refresh(Estimator):
 
     def score(self, version: int, index: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the VPS."""
-        known_P = self.pass_rate_P[~np.isnan(self.pass_rate_P)]
-        usual = float(scores.outcome_variance_score(known_P).mean()) if len(known_P) else 0.25
         variance = scores.outcome_variance_score(self.pass_rate_P[index])
-        variance = np.where(np.isnan(variance), usual, variance)
+        variance = np.where(np.isnan(variance), self._usual_ovs, variance)
         return scores.variance_promotion_score(
             variance, self.diversity(index), self.config.alpha, self.config.beta
         )
@@ -244,7 +249,7 @@ class Refresh(Estimator):
     def state_dict(self) -> dict[str, Any]:
         """Return the last scoring rollouts' statistics."""
         return {
-            "prompts": {"tds": self.tds_P, "pass_rate": self.pass_rate_P},
+            "prompts": {"tds": self.tds_P.copy(), "pass_rate": self.pass_rate_P.copy()},
             "tds": (self._tds_total, self._num_tds),
         }
 
@@ -253,3 +258,4 @@ class Refresh(Estimator):
         self.tds_P = state["prompts"]["tds"].copy()
         self._tds_total, self._num_tds = state["tds"]
         self.pass_rate_P = state["prompts"]["pass_rate"].copy()
+        self._set_usual()

@@ -127,11 +127,11 @@ class PassRates:
         """Return the evidence, under "prompts", and the priors' moments."""
         return {
             "prompts": {
-                "correct": self.correct_P,
-                "wrong": self.wrong_P,
-                "version": self.version_P,
+                "correct": self.correct_P.copy(),
+                "wrong": self.wrong_P.copy(),
+                "version": self.version_P.copy(),
             },
-            "moments": self.moments_3C,
+            "moments": self.moments_3C.copy(),
             "moments_version": self.moments_version,
         }
 

@@ -106,6 +106,9 @@ class VasSampler(Sampler):
         self.rng = np.random.Generator(np.random.PCG64(seed))
         self.tree = WeightTree(np.ones(num_prompts))
         self.draws_P = np.zeros(num_prompts, np.int32)
+        self._num_covered = 0  # prompts that were ever drawn
+        self._effective_share = 1.0  # of the weights when all were renewed
+        self._mixture_ratio_used = config.mixture_ratio
         self.last_observed_P = np.full(num_prompts, -1, np.int32)
         self.step = 0  # of the last `observe`: also the number of policy versions so far
         self.steps_since_update = 0
@@ -127,12 +130,14 @@ class VasSampler(Sampler):
         taken = set[int]() if self.config.with_replacement else self._drawn.drawn
         if len(taken) + num > len(self.pool.ids):
             taken = set()
+        self._mixture_ratio_used = self.mixture_ratio
         scored = self._draw_scored(num_scored_draws(self.mixture_ratio, num), taken)
         if not self.config.with_replacement:
             taken |= set(scored)
         batch = scored + self.passes.take(num - len(scored), taken)
         if scored:
             batch = self.rng.permutation(batch).tolist()
+        self._num_covered += int(np.sum(self.draws_P[np.unique(batch)] == 0))
         np.add.at(self.draws_P, batch, 1)
         self.num_drawn += len(batch)
         return self._drawn.number(batch)
@@ -197,6 +202,7 @@ class VasSampler(Sampler):
 
     def _renew(self) -> None:
         self.tree.set_all(self.estimator.all_scores(self.step, self.rng))
+        self._effective_share = effective_share(self.tree.weights)
         self.steps_since_update = 0
         self.num_updates += 1
         self._is_table_due = True
@@ -252,12 +258,14 @@ class VasSampler(Sampler):
         }
 
     def metrics(self) -> dict[str, float]:
-        """Return coverage (share of prompts ever drawn), effective size of the weights, updates."""
+        """Return coverage (share of prompts ever drawn), the effective size of the weights when all
+        were last renewed, the number of renewals, and lambda of the last draw. Not O(P).
+        """
         return {
-            "sampler/coverage": float(np.mean(self.draws_P > 0)),
-            "sampler/ess": effective_share(self.tree.weights),
+            "sampler/coverage": self._num_covered / len(self.pool.ids),
+            "sampler/ess": self._effective_share,
             "sampler/updates": float(self.num_updates),
-            "sampler/mixture_ratio": self.mixture_ratio,
+            "sampler/mixture_ratio": self._mixture_ratio_used,
             **self.estimator.metrics(),
         }
 
@@ -275,9 +283,10 @@ class VasSampler(Sampler):
             "known": self.estimator.state_dict(),
             "prompts": {
                 "weights": self.tree.weights.copy(),
-                "draws": self.draws_P,
-                "last_observed": self.last_observed_P,
+                "draws": self.draws_P.copy(),
+                "last_observed": self.last_observed_P.copy(),
             },
+            "effective_share": self._effective_share,
             "passes": self.passes.state_dict(),
             "rng": json.dumps(self.rng.bit_generator.state),
             "step": self.step,
@@ -310,7 +319,9 @@ class VasSampler(Sampler):
             known = known | {"moments": self._matched_moments(known["moments"], state["strata"])}
         self.estimator.load_state_dict(known)
         self.tree.set_all(state["prompts"]["weights"])
+        self._effective_share = state["effective_share"]
         self.draws_P = state["prompts"]["draws"].copy()
+        self._num_covered = int(np.sum(self.draws_P > 0))
         self.last_observed_P = state["prompts"]["last_observed"].copy()
         self.rng.bit_generator.state = json.loads(state["rng"])
         for name in ("step", "steps_since_update", "num_updates", "num_drawn", "num_epochs"):

@@ -58,9 +58,9 @@ class Recorder:
 
     def write_sampler(self, sampler: Sampler) -> None:
         """Append the sampler's table, if its scores were renewed; rewrite its calibration."""
-        table, calibration = sampler.update_table(), sampler.calibration()
         if not parallel.is_main():
             return
+        table, calibration = sampler.update_table(), sampler.calibration()
         if table is not None:
             append_prompt_stats(self._run_dir, table)
         if calibration is not None:
