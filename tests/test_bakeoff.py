@@ -19,6 +19,7 @@ from megatron_mmr1.bakeoff.trained.pools import MIXES
 from megatron_mmr1.bakeoff.trained.runs import (
     ARMS,
     BUDGET,
+    CANDIDATES,
     LEVEL_GIVEN,
     REPORTED_SEEDS,
     TUNING_SEEDS,
@@ -150,11 +151,13 @@ def test_both_stages_are_written_from_their_json(monkeypatch, tmp_path):
     monkeypatch.setattr(analysis, "MIXES", {"skewed": {"frontier": 1.0}})
     monkeypatch.setattr(runs, "MIXES", {"skewed": {}})
     results = _all_runs(better=0.1)
+    results += [_result(name, 1e-4, seed, 0.4) for name in CANDIDATES for seed in TUNING_SEEDS]
     analysis.save_results(tmp_path / "trained.json", results)
     assert analysis.load_results(tmp_path / "trained.json") == results
     page.write(tmp_path)
     words = (tmp_path / "README.md").read_text()
     assert "Stage 2" in words and "Stage 1" not in words
+    assert "| lambda 0.5 | 32.5 | 40.0 |" in words  # the candidates, from their own runs
     assert "+10.0 [+10.0, +10.0] |" in words and "36 of 36" in words
     assert "skewed: frontier" in (tmp_path / "index.html").read_text()
 

@@ -1,22 +1,18 @@
 """Compare samplers at equal numbers of rollouts: on synthetic prompts, and with the real trainer.
 
 Usage: python tools/compare_samplers.py synthetic [--seeds 20] [--out examples/samplers]
-       python tools/compare_samplers.py tune [--seeds 6] [--out examples/samplers]
        python tools/compare_samplers.py trained --cold-start DIR [--minutes N] [--out ...]
 
-`synthetic` writes synthetic.json, about three minutes on one core. `tune` searches the defaults of
-the preset "posterior" on other seeds and writes tuning.json. `trained` makes the runs of stage 2
-that are not there yet, in outputs/bakeoff, hours of them; interrupt it at any time, or give it so
-many minutes, and start it again; or start it twice to use two cores. When the tuning runs are there
-it writes what it has of the reported ones to trained.json. Each writes index.html and README.md
-anew from what is in the folder.
+`synthetic` writes synthetic.json, about three minutes on one core. `trained` makes the runs of
+stage 2 that are not there yet, in outputs/bakeoff, hours of them; interrupt it at any time, or give
+it so many minutes, and start it again; or start it twice to use two cores. When the tuning runs are
+there it writes what it has of the reported ones to trained.json. Each writes index.html and
+README.md anew from what is in the folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +20,6 @@ from pathlib import Path
 from megatron_mmr1.bakeoff import page
 from megatron_mmr1.bakeoff.synthetic import tables
 from megatron_mmr1.bakeoff.synthetic.comparison import compare
-from megatron_mmr1.bakeoff.synthetic.tuning import tune
 from megatron_mmr1.bakeoff.trained import analysis, runs
 
 
@@ -32,10 +27,9 @@ def main() -> None:
     """Run one stage and write what it found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, num_seeds in (("synthetic", 20), ("tune", 6)):
-        command = commands.add_parser(name)
-        command.add_argument("--seeds", type=int, default=num_seeds)
-        command.add_argument("--out", type=Path, default=Path("examples/samplers"))
+    command = commands.add_parser("synthetic")
+    command.add_argument("--seeds", type=int, default=20)
+    command.add_argument("--out", type=Path, default=Path("examples/samplers"))
     command = commands.add_parser("trained")
     command.add_argument("--cold-start", type=Path, required=True)
     command.add_argument("--folder", type=Path, default=Path("outputs/bakeoff"))
@@ -46,8 +40,6 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.command == "synthetic":
         _synthetic(arguments.seeds, arguments.out)
-    elif arguments.command == "tune":
-        _tune(arguments.seeds, arguments.out)
     elif not _trained(arguments.cold_start, arguments.folder, arguments.minutes, arguments.out):
         print("runs are missing: start it again")
         return
@@ -62,19 +54,12 @@ def _synthetic(num_seeds: int, out: Path) -> None:
     print(tables.table(comparison, next(iter(comparison.values))))
 
 
-def _tune(num_seeds: int, out: Path) -> None:
-    tuned = tune(num_seeds, num_report_seeds=num_seeds, on_done=_say)
-    words = json.dumps(dataclasses.asdict(tuned), indent=1)
-    (out / "tuning.json").write_text(words + "\n", encoding="utf-8")
-    print(tables.tuning_words(tuned), tables.tuning_table(tuned), sep="\n\n")
-
-
 def _trained(cold_start: Path, folder: Path, minutes: float, out: Path) -> bool:
     """Make runs until time is up; write the reported ones unless tuning is unfinished."""
     end = time.monotonic() + 60 * minutes
     bakeoff = runs.Bakeoff(folder, cold_start)
     bakeoff.build_pools()
-    if not _make(bakeoff, list(runs.tuning_runs()), end):
+    if not _make(bakeoff, [*runs.candidate_runs(), *runs.tuning_runs()], end):
         return False
     chosen = analysis.chosen_learning_rates(_results(folder))
     _make(bakeoff, list(runs.reported_runs(chosen)), end)

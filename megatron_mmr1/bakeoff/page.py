@@ -7,7 +7,6 @@ from pathlib import Path
 from megatron_mmr1.bakeoff.synthetic import page as synthetic_page
 from megatron_mmr1.bakeoff.synthetic import tables as synthetic_tables
 from megatron_mmr1.bakeoff.synthetic.comparison import Comparison
-from megatron_mmr1.bakeoff.synthetic.tuning import load_tuned
 from megatron_mmr1.bakeoff.trained import analysis
 from megatron_mmr1.bakeoff.trained import page as trained_page
 from megatron_mmr1.observability import template
@@ -16,13 +15,12 @@ TITLE = "Samplers compared at equal numbers of rollouts"
 
 
 def write(folder: Path) -> None:
-    """Write both files of what is there of synthetic.json, tuning.json and trained.json."""
+    """Write both files of what is there of synthetic.json and trained.json."""
     html, markdown = [f"<h1>{TITLE}</h1>"], [f"# {TITLE}\n"]
     if (path := folder / "synthetic.json").exists():
-        comparison, tuned_path = Comparison.load(path), folder / "tuning.json"
-        tuned = load_tuned(tuned_path) if tuned_path.exists() else None
-        html.append(synthetic_page.html(comparison, tuned))
-        markdown.append(synthetic_tables.markdown(comparison, tuned))
+        comparison = Comparison.load(path)
+        html.append(synthetic_page.html(comparison))
+        markdown.append(synthetic_tables.markdown(comparison))
     if (path := folder / "trained.json").exists():
         results = analysis.load_results(path)
         html.append(trained_page.html(results))

@@ -10,7 +10,6 @@ import numpy as np
 from megatron_mmr1.bakeoff.intervals import Interval, mean_interval, points
 from megatron_mmr1.bakeoff.synthetic import tables
 from megatron_mmr1.bakeoff.synthetic.comparison import Comparison
-from megatron_mmr1.bakeoff.synthetic.tuning import Tuned
 from megatron_mmr1.observability.plots import Series, line_chart, nice_ticks, svg, text
 from megatron_mmr1.observability.template import card, legend_item, section
 
@@ -18,8 +17,8 @@ CURVE_ARMS = ("oracle", "posterior (preset)", "uniform", "dapo", "paper_table_6"
 _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 620, 236, 20, 19, 6
 
 
-def html(comparison: Comparison, tuned: Tuned | None) -> str:
-    """Return stage 1: charts, learning curves, tables, and how defaults were chosen."""
+def html(comparison: Comparison) -> str:
+    """Return stage 1: charts, learning curves, tables."""
     pools = list(comparison.values)
     cards = [_interval_card(comparison, pool) for pool in pools]
     curves = [_curve_card(comparison, pool) for pool in pools if not pool.endswith("_blind")]
@@ -28,8 +27,6 @@ def html(comparison: Comparison, tuned: Tuned | None) -> str:
         f'<h3 class="between">Learning proxy</h3><div class="grid">{"".join(curves)}</div>',
         *[_table_card(comparison, pool) for pool in pools],
     ]
-    if tuned:
-        parts.append(_tuning_card(tuned))
     style = (
         "<style>.two{grid-template-columns:repeat(auto-fill,minmax(min(520px,100%),1fr))}"
         ".between{margin:24px 0 12px}td{font-variant-numeric:tabular-nums}"
@@ -121,18 +118,4 @@ def _table_card(comparison: Comparison, pool: str) -> str:
     return (
         f'<details class="card"><summary>Table: {title}</summary>'
         f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div></details>'
-    )
-
-
-def _tuning_card(tuned: Tuned) -> str:
-    body = "".join(
-        f"<tr{' class=null' if interval.is_null else ''}><td>{escape(change)}</td>"
-        f"<td>{points(interval, is_signed=True)}</td></tr>"
-        for change, interval in tuned.neighbours.items()
-    )
-    return (
-        '<details class="card"><summary>The defaults of the preset posterior</summary>'
-        f'<p class="note">{escape(tables.tuning_words(tuned))}</p>'
-        "<table><tr><th>instead</th><th>objective minus the chosen's, points</th></tr>"
-        f"{body}</table></details>"
     )

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from megatron_mmr1.bakeoff.intervals import difference, mean_interval, points
 from megatron_mmr1.bakeoff.synthetic.comparison import Comparison
-from megatron_mmr1.bakeoff.synthetic.tuning import FLOORS, MARGIN, SETTINGS, Tuned
 
 POOL_WORDS = {
     "skewed": "Skewed: 45% trivial, 40% impossible, 15% frontier",
@@ -89,46 +88,16 @@ def table(comparison: Comparison, pool: str) -> str:
     return "\n".join(lines)
 
 
-def tuning_table(tuned: Tuned) -> str:
-    """Return what one change to the chosen values costs, in Markdown."""
-    lines = ["| instead | objective minus the chosen's, points |", "|---|---|"]
-    for change, interval in tuned.neighbours.items():
-        lines.append(f"| {change} | {difference(interval)} |")
-    return "\n".join(lines)
-
-
-def tuning_words(tuned: Tuned) -> str:
-    """Say what was chosen, from what, and the margin."""
-    chosen = ", ".join(f"{key} {value}" for key, value in tuned.chosen.items())
-    start = ", ".join(f"{key} {value}" for key, value in tuned.start.items())
-    return (
-        f"Chosen: {chosen}. Start: {start}. Objective: the mean over {len(SETTINGS)} settings"
-        f" ({'; '.join(SETTINGS)}) of two shares of the oracle's, mixed groups and gain in mean"
-        f" pass rate. A value is left only for more than {100 * MARGIN:g} points on the tuning"
-        " seeds. On other seeds the chosen values are"
-        f" {points(tuned.gain, is_signed=True)} points above the start. `floor` stays at"
-        f" {FLOORS[1]}: it guards against a wrong model of the prompts, which a simulation cannot"
-        " price; what it costs here is in the table."
-    )
-
-
-def markdown(comparison: Comparison, tuned: Tuned | None) -> str:
+def markdown(comparison: Comparison) -> str:
     """Return stage 1's part of the README."""
     parts = [
         "## Stage 1: synthetic prompts with known pass rates",
-        "    python tools/compare_samplers.py synthetic   # synthetic.json\n"
-        "    python tools/compare_samplers.py tune        # tuning.json: the preset's defaults",
+        "    python tools/compare_samplers.py synthetic",
         LAW,
         notes(comparison),
     ]
     for pool in comparison.values:
         parts += [f"### {POOL_WORDS[pool]}", table(comparison, pool)]
-    if tuned:
-        parts += [
-            "### The defaults of the preset `posterior`",
-            tuning_words(tuned),
-            tuning_table(tuned),
-        ]
     versions = ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
     parts.append(f"Versions: {versions}.")
     return "\n\n".join(parts) + "\n"

@@ -18,6 +18,9 @@ from megatron_mmr1.bakeoff.trained.pools import MIXES
 from megatron_mmr1.bakeoff.trained.runs import (
     ARMS,
     BUDGET,
+    CANDIDATES,
+    CANDIDATES_LR,
+    CANDIDATES_POOL,
     GROUP_SIZE,
     LEVEL_GIVEN,
     REPORTED_SEEDS,
@@ -84,6 +87,10 @@ class Result:
         """Return the accuracy at the end."""
         return self.accuracy[measure][-1]
 
+    def late(self, measure: str) -> float:
+        """Return the mean accuracy over the second half of the budget: less noisy than the last."""
+        return float(self.curve(measure)[len(AXIS_X) // 2 :].mean())
+
     def curve(self, measure: str) -> np.ndarray:
         """Return the accuracy at AXIS_X, by straight lines between evaluations."""
         return np.interp(AXIS_X, self.responses, self.accuracy[measure])
@@ -113,22 +120,23 @@ def load_results(path: Path) -> list[Result]:
 
 
 def chosen_learning_rates(results: Sequence[Result]) -> dict[tuple[str, str], float]:
-    """Return the best learning rate by (pool, arm): mean final accuracy over the tuning seeds.
+    """Return the best learning rate by (pool, arm): accuracy on the pool's own mix, mean over the
+    second half of the budget and the tuning seeds.
 
     Raises:
         ValueError: tuning runs are missing.
     """
-    finals = defaultdict[tuple[str, str, float], list[float]](list)
+    late = defaultdict[tuple[str, str, float], list[float]](list)
     for result in results:
         run = result.run
         if run.seed in TUNING_SEEDS:
-            finals[run.pool, run.arm, run.lr].append(result.final(MEASURES[0]))
+            late[run.pool, run.arm, run.lr].append(result.late(MEASURES[0]))
     chosen = {}
     for pool in MIXES:
         for arm in ARMS:
             means = {
                 lr: float(np.mean(values))
-                for (p, a, lr), values in finals.items()
+                for (p, a, lr), values in late.items()
                 if (p, a) == (pool, arm) and len(values) == len(TUNING_SEEDS)
             }
             if not means:
@@ -136,6 +144,37 @@ def chosen_learning_rates(results: Sequence[Result]) -> dict[tuple[str, str], fl
             chosen[pool, arm] = max(means, key=lambda lr: means[lr])
         chosen[pool, LEVEL_GIVEN] = chosen[pool, "posterior"]
     return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Settings of the posterior, or uniform beside them; means over the tuning seeds.
+
+    Attributes:
+        late, final: by measure.
+    """
+
+    name: str
+    num_seeds: int
+    late: Mapping[str, float]
+    final: Mapping[str, float]
+
+
+def candidates(results: Sequence[Result]) -> list[Candidate]:
+    """Return what the preset's defaults were chosen from; those that were not run are left out."""
+    found = []
+    for name in ("uniform", *CANDIDATES):
+        mine = [
+            result
+            for result in results
+            if (r := result.run).seed in TUNING_SEEDS
+            and (r.pool, r.arm, r.lr) == (CANDIDATES_POOL, name, CANDIDATES_LR)
+        ]
+        if mine:
+            late = {m: float(np.mean([r.late(m) for r in mine])) for m in MEASURES}
+            final = {m: float(np.mean([r.final(m) for r in mine])) for m in MEASURES}
+            found.append(Candidate(name, len(mine), late, final))
+    return found
 
 
 def responses_to_reach(curve_X: np.ndarray, target: float) -> float:

@@ -13,15 +13,18 @@ from megatron_mmr1.bakeoff.trained.analysis import (
     GAINS,
     MEASURES,
     MIXED,
+    Candidate,
     Result,
     Row,
+    candidates,
     chosen_learning_rates,
     compare,
 )
 from megatron_mmr1.bakeoff.trained.pools import HELDOUT, MIXES, NUM_TRAIN
 from megatron_mmr1.bakeoff.trained.runs import (
-    ARMS,
     BUDGET,
+    CANDIDATES_LR,
+    CANDIDATES_POOL,
     LEARNING_RATES,
     LEVEL_GIVEN,
     REPORTED_SEEDS,
@@ -40,6 +43,15 @@ HEADER = (
 COST_HEADER = ("arm", *(f"{measure}, {gain:.0%}" for measure in MEASURES for gain in GAINS))
 COST_TITLE = "Cost ratio: responses to an accuracy, over uniform's; at this share of uniform's gain"
 
+CANDIDATES_TITLE = (
+    f"What the preset `posterior` was chosen from: {CANDIDATES_POOL} pool, learning rate"
+    f" {CANDIDATES_LR:g}, tuning seeds"
+)
+CANDIDATES_HEADER = (
+    *("settings", "own mix: second half, %", "at the end, %"),
+    *("frontier: second half, %", "at the end, %", "seeds"),
+)
+
 
 def notes(results: Sequence[Result]) -> str:
     """Say how it was done, and how far it is."""
@@ -50,8 +62,8 @@ def notes(results: Sequence[Result]) -> str:
     return (
         f"Two pools of {NUM_TRAIN:,} prompts, sorted by what the cold start makes of them; every"
         f" run starts from it and may generate {BUDGET:,} responses, whatever for. Each arm's"
-        f" learning rate is the best of {rates} (own mix, {len(TUNING_SEEDS)} seeds that aren't"
-        f" reported, {len(ARMS) * len(MIXES) * len(LEARNING_RATES) * len(TUNING_SEEDS)} runs);"
+        f" learning rate is the best of {rates} (own mix, second half of the budget,"
+        f" {len(TUNING_SEEDS)} seeds that aren't reported);"
         f' "{LEVEL_GIVEN}" has that of "posterior". {len(REPORTED_SEEDS)} reported seeds;'
         f" {num_finished} of {len(reported)} reported runs are there. Accuracy is sampled, 4"
         f" answers a prompt, on unseen prompts ({num_heldout}); the own mix weights the classes as"
@@ -86,6 +98,14 @@ def cost_cells(row: Row) -> list[str]:
     return [row.arm, *(_ratio(row.cost[m, gain]) for m in MEASURES for gain in GAINS)]
 
 
+def candidate_cells(candidate: Candidate) -> list[str]:
+    """Return a row of the table of candidates, in the order of CANDIDATES_HEADER."""
+    accuracies = [
+        f"{100 * of[m]:.1f}" for m in MEASURES for of in (candidate.late, candidate.final)
+    ]
+    return [candidate.name, *accuracies, str(candidate.num_seeds)]
+
+
 def markdown(results: Sequence[Result]) -> str:
     """Return stage 2's part of the README."""
     rows = compare(results)
@@ -99,6 +119,8 @@ def markdown(results: Sequence[Result]) -> str:
             f"{COST_TITLE}:",
             _markdown_table(COST_HEADER, [cost_cells(row) for row in others]),
         ]
+    chosen = [candidate_cells(candidate) for candidate in candidates(results)]
+    parts += [f"### {CANDIDATES_TITLE}", _markdown_table(CANDIDATES_HEADER, chosen)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,6 +140,11 @@ def html(results: Sequence[Result]) -> str:
             f'<p class="note">{escape(COST_TITLE)}:</p>'
             f"{_html_table(COST_HEADER, [cost_cells(row) for row in others])}</details>"
         )
+    chosen = [candidate_cells(candidate) for candidate in candidates(results)]
+    tables.append(
+        f'<details class="card wide"><summary>{escape(CANDIDATES_TITLE)}</summary>'
+        f"{_html_table(CANDIDATES_HEADER, chosen)}</details>"
+    )
     content = f'<div class="grid">{"".join(cards)}</div>{"".join(tables)}'
     return section(TITLE, notes(results), content)
 

@@ -49,7 +49,30 @@ ARMS: Mapping[str, tuple[str, ...]] = {
 # A row of its own, not one of the five: the sampler is told the task's level. It has the learning
 # rate that was chosen for "posterior".
 LEVEL_GIVEN = "posterior, level given"
-_OVERRIDES = {**ARMS, LEVEL_GIVEN: ("sampler=posterior", "sampler.prior=category")}
+# What the preset "posterior" was chosen from, on the tuning seeds and the skewed pool alone:
+# lambda, power, score.
+CANDIDATES: Mapping[str, tuple[float, float, str]] = {
+    "lambda 0.5": (0.5, 3.0, "mixed"),
+    "lambda 0.75": (0.75, 3.0, "mixed"),
+    "lambda 1": (1.0, 3.0, "mixed"),
+    "lambda 1, power 1": (1.0, 1.0, "mixed"),
+    "lambda 1, calibrated": (1.0, 3.0, "calibrated"),
+    "lambda 0.5, calibrated": (0.5, 3.0, "calibrated"),
+}
+CANDIDATES_POOL, CANDIDATES_LR = "skewed", 1e-4
+_OVERRIDES: Mapping[str, tuple[str, ...]] = {
+    **ARMS,
+    LEVEL_GIVEN: ("sampler=posterior", "sampler.prior=category"),
+    **{
+        name: (
+            "sampler=posterior",
+            f"sampler.mixture_ratio={ratio}",
+            f"sampler.power={power}",
+            f"sampler.score={score}",
+        )
+        for name, (ratio, power, score) in CANDIDATES.items()
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +91,12 @@ class Run:
         return f"{self.pool}-{arm}-lr{self.lr:g}-seed{self.seed}"
 
 
+def candidate_runs() -> Iterator[Run]:
+    """The runs that choose the preset's defaults."""
+    for seed, name in product(TUNING_SEEDS, CANDIDATES):
+        yield Run(CANDIDATES_POOL, name, CANDIDATES_LR, seed)
+
+
 def tuning_runs() -> Iterator[Run]:
     """The runs that choose each arm's learning rate."""
     for seed, pool, lr, arm in product(TUNING_SEEDS, MIXES, LEARNING_RATES, ARMS):
@@ -76,7 +105,7 @@ def tuning_runs() -> Iterator[Run]:
 
 def reported_runs(chosen: Mapping[tuple[str, str], float]) -> Iterator[Run]:
     """The runs that are reported, seed by seed; `chosen` is the learning rate by (pool, arm)."""
-    for seed, pool, arm in product(REPORTED_SEEDS, MIXES, _OVERRIDES):
+    for seed, pool, arm in product(REPORTED_SEEDS, MIXES, (*ARMS, LEVEL_GIVEN)):
         yield Run(pool, arm, chosen[pool, arm], seed)
 
 
@@ -98,7 +127,7 @@ def config_of(run: Run, pools: Path, cold_start: Path) -> GrpoConfig:
             f"prompts_per_step={BATCH_SIZE}",
             f"rollout.group_size={GROUP_SIZE}",
             f"max_responses={BUDGET}",
-            f"evaluation.every={10 if run.seed in REPORTED_SEEDS else 0}",
+            f"evaluation.every={20 if run.seed in TUNING_SEEDS else 10}",
             "evaluation.samples_per_prompt=4",
             "checkpoint.every=0",
         ],
