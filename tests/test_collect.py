@@ -22,6 +22,7 @@ from megatron_mmr1.sampling.vas import PromptPool, VasSampler
 from megatron_mmr1.trainers import collect as room
 from megatron_mmr1.trainers.collect import Collected, collect, score_if_due
 from megatron_mmr1.trainers.exchange import EnginePlace
+from megatron_mmr1.trainers.setup import prompt_pool
 from megatron_mmr1.types import (
     Prompt,
     Rollout,
@@ -190,3 +191,11 @@ def test_a_prompt_drawn_twice_is_sampled_with_another_seed():
     seeds = [request_seed(sampling, prompt.key) for prompt in prompts]
     seeds += [request_seed(replace(sampling, is_scoring=True), prompts[0].key)]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_a_prior_by_category_needs_categories():
+    nameless: Any = SimpleNamespace(prompt_ids=["a", "b"], categories=["", ""])
+    with pytest.raises(ValueError, match=r"sampler.prior='category' .* use record, or global"):
+        prompt_pool(nameless, "category")
+    some: Any = SimpleNamespace(prompt_ids=["a", "b"], categories=["", "geometry"])
+    assert prompt_pool(some, "category").strata == ["", "geometry"]

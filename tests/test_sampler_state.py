@@ -63,7 +63,8 @@ def test_another_estimators_state_is_refused():
 
 
 NUM_RANKS, RANK_STEPS = 4, range(1, 13)
-RANK_CASES = [(batch, kind) for batch in (6, 7) for kind in ("mixed", "thompson", "refresh")]
+RANK_KINDS = ("mixed", "thompson", "calibrated", "refresh", "released_code")
+RANK_CASES = [(batch, kind) for batch in (6, 7) for kind in RANK_KINDS]
 
 
 def _on_rank(rank: int, folder: str) -> None:

@@ -33,7 +33,7 @@ def expected_mixed_probability(a: np.ndarray, b: np.ndarray, group_size: int) ->
 
     E[p^G] = prod over i < G of (a + i) / (a + b + i), the moments of a Beta.
     """
-    all_correct, all_wrong = np.ones_like(a), np.ones_like(a)
+    all_correct, all_wrong = np.ones(np.shape(a)), np.ones(np.shape(a))
     for i in range(group_size):
         all_correct *= (a + i) / (a + b + i)
         all_wrong *= (b + i) / (a + b + i)

@@ -73,7 +73,7 @@ def build_parts(
     report_bad_rows(run_dir, [train_set, heldout_set])
     place = EnginePlace.of(config.rollout.tp_size if config.replay is None else 1)
     sampler = VasSampler(
-        _pool(train_set, config.sampler.prior),
+        prompt_pool(train_set, config.sampler.prior),
         config.prompts_per_step,
         config.sampler,
         config.seed,
@@ -120,10 +120,15 @@ def build_parts(
         )
 
 
-def _pool(dataset: PromptDataset, prior: str) -> PromptPool:
+def prompt_pool(dataset: PromptDataset, prior: str) -> PromptPool:
     """Say which prompts are alike before anything is known of them."""
     if prior == "category":
         strata = dataset.categories
+        if not any(strata):
+            raise ValueError(
+                "sampler.prior='category' needs categories, and no row of data.train has one; use "
+                "record, or global"
+            )
     elif prior == "global":
         strata = [""] * len(dataset)
     else:  # record: where it comes from, how many images it has, and its length within a fifth
