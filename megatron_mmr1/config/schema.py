@@ -85,7 +85,7 @@ class SamplerConfig:
     diversity: str = "self_bleu"
     update_every: int = 4  # steps; at the end of each epoch besides
     scoring_rollouts: int = 0  # a prompt, for estimators that ask for them
-    mixture_ratio: float = 1.0
+    mixture_ratio: float = 0.5
     final_mixture_ratio: float | None = None  # reached at the last step, linearly
     with_replacement: bool = False  # inside the scored half of a batch
     floor: float = 0.05  # share of the scored draws that all prompts have alike

@@ -76,8 +76,9 @@ LAW = (
     "No model is trained. A prompt's pass rate has a logit, which a step raises by 0.02 for each"
     " mixed group of that prompt and by 0.002 times the batch's share of mixed groups for all,"
     " plus a random walk of 0.05. Groups without variance move nothing. The records (12 strata)"
-    " correlate with the pass rate by 0.5, the levels (5) by 0.9. The law is ours: what it says of"
-    " real runs must be checked on them."
+    " correlate with the pass rate by 0.5, the levels (5) by 0.9. The law is ours. A mixed group is"
+    " worth the same in it however often its prompt came back, so it favours draws from few"
+    " prompts; a real model learns few prompts by heart: what generalises is stage 2's question."
 )
 
 

@@ -127,7 +127,7 @@ def config_of(run: Run, pools: Path, cold_start: Path) -> GrpoConfig:
             f"prompts_per_step={BATCH_SIZE}",
             f"rollout.group_size={GROUP_SIZE}",
             f"max_responses={BUDGET}",
-            f"evaluation.every={20 if run.seed in TUNING_SEEDS else 10}",
+            f"evaluation.every={20 if run in set(tuning_runs()) else 10}",
             "evaluation.samples_per_prompt=4",
             "checkpoint.every=0",
         ],
