@@ -1,26 +1,34 @@
-"""Parquet rows to `Prompt` and `Demonstration`, checked when the file is opened.
+"""Records to `Prompt`, checked when the source is opened.
 
-Owns the columns, the checks of each row and a small cache. A bad row is set aside with its id and
-the reason, never repaired and never cut; the rest is used. Does not own who is drawn (sampling/) or
-how a prompt is tokenised (processor.py).
+Owns the keys of a record, the checks of each and a cache of prompts within a budget. A bad row is
+set aside with its id and the reason, never repaired and never cut; the rest is used. Does not own
+who is drawn (sampling/) or how a prompt is tokenised (processor.py).
+
+Checking decodes every image once. What it found is kept on disk, so that it is done once for a
+source, a model's processor and these settings.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
-from megatron_mmr1.data.images import decode_image
+from megatron_mmr1 import __version__
+from megatron_mmr1.data.image_files import ImageFiles
 from megatron_mmr1.data.processor import PromptProcessor
-from megatron_mmr1.types import Demonstration, Prompt
+from megatron_mmr1.data.records import BadRecord, Records, cache_folder, open_records
+from megatron_mmr1.types import Prompt
 
 CACHE_BYTES = 512 << 20
 
@@ -30,7 +38,7 @@ class BadRow:
     """A row that was set aside.
 
     Attributes:
-        row: its number in the file, from 0.
+        row: its number in the source, from 0.
     """
 
     row: int
@@ -53,142 +61,101 @@ class RowSize:
     patches: tuple[int, ...]
 
 
-class _ParquetRows:
-    """The checked rows of one file, and the prompts made of them.
+class Keys(NamedTuple):
+    """What a record calls its parts; by default as MMR1-RL and EasyR1 do.
 
-    The file is held in memory as Arrow columns (encoded images). Prompts are made when asked for
-    and kept, least recently used first out, within `cache_bytes`: RL draws them repeatedly.
+    `id`, `category` and `source` are optional and always called so. Other keys are passed over.
     """
 
-    required_columns: tuple[str, ...]
-    optional_columns = ("id", "category", "source")
-    limit: str  # what a message calls `max_tokens`
+    problem: str = "problem"
+    answer: str = "answer"
+    images: str = "images"
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What checking found of a row; `reason`: "" if it is usable."""
+
+    row_id: str
+    category: str
+    source: str
+    num_tokens: int
+    patches: tuple[int, ...]
+    reason: str
+
+
+class PromptDataset(Dataset[Prompt]):
+    """Questions with a gold answer.
+
+    Attributes:
+        prompt_ids, categories, sources, sizes: of the usable rows, in the order of the indices.
+        bad_rows: what was set aside, and why.
+    """
 
     def __init__(
         self,
-        path: str | Path,
+        source: str | Path,
         processor: PromptProcessor,
         max_tokens: int = 2048,
+        keys: Keys | None = None,
+        instruction: str = "",
         cache_bytes: int = CACHE_BYTES,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Read the file and check every row.
+        """Open the source and check every row, or look up what an earlier check found.
 
         Args:
-            path: a parquet file. Image paths in it are relative to its folder.
+            source: see `records.open_records`. Image paths are relative to the file's folder.
             processor: of the model that is trained.
-            max_tokens: longer rows are set aside: prompt, visual tokens included, and response.
-            cache_bytes: of prompts to keep in memory.
+            max_tokens: longer prompts, visual tokens included, are set aside.
+            instruction: put before every question, in the user's turn.
+            cache_bytes: of prompts to keep in memory; those in use come on top.
+            on_progress: told rows checked and rows in all.
 
         Raises:
-            ValueError: no such file, missing or unknown columns, or every row is bad.
+            ValueError: no such source, a key that no row has, or every row is bad.
         """
-        self.path = Path(path)
+        self.path = str(source)
         self.bad_rows: list[BadRow] = []
-        self._processor = processor
-        self._table = self._read_table()
-        self._cache: OrderedDict[int, tuple[Prompt, str]] = OrderedDict()
-        self._cached_bytes = 0
-        self._max_cached_bytes = cache_bytes
+        self._keys, self._instruction = keys or Keys(), instruction
+        self._processor, self._max_tokens = processor, max_tokens
+        self._records = open_records(self.path)
+        path = Path(source)
+        self._files = ImageFiles(path.parent if path.is_file() else None)
+        self._cache: OrderedDict[int, Prompt] = OrderedDict()
+        self._cached_bytes, self._max_cached_bytes = 0, cache_bytes
         self._rows: list[int] = []
         self.prompt_ids: list[str] = []
         self.categories: list[str] = []
         self.sources: list[str] = []
         self.sizes: list[RowSize] = []
-        self._check_rows(max_tokens)
+        _require_keys(self._records, self._keys, self.path)
+        self._sort(self._known_or_checked(on_progress))
         self._index_of = {prompt_id: index for index, prompt_id in enumerate(self.prompt_ids)}
 
     def __len__(self) -> int:
         """How many rows are usable."""
         return len(self._rows)
 
-    def _parse(self, row: dict[str, Any]) -> tuple[str, str, str]:
-        """The question, the gold answer and the response of a row ("" where it has none)."""
-        raise NotImplementedError
-
-    def _read_table(self) -> pa.Table:
-        if not self.path.is_file():
-            raise ValueError(f"{self.path} does not exist; give the path of a parquet file")
-        try:
-            table = pq.read_table(self.path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.path} is not a parquet file ({error})") from error
-        allowed = {*self.required_columns, *self.optional_columns}
-        expected = (
-            f"expected {', '.join(self.required_columns)}, and optionally id, category, source"
+    def __getitem__(self, index: int) -> Prompt:
+        """The prompt of a usable row, from the cache or made."""
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
+        record = self._records[self._rows[index]]
+        prompt = self._processor.prompt(
+            self.prompt_ids[index],
+            self._question(record),
+            self._files.read(record.get(self._keys.images)),
+            _answer(record, self._keys),
+            self.categories[index],
         )
-        for column in self.required_columns:
-            if column not in table.column_names:
-                raise ValueError(
-                    f"{self.path} has no column {column!r} ({expected}); rename or add it"
-                )
-        for column in table.column_names:
-            if column not in allowed:
-                raise ValueError(
-                    f"{self.path} has an unknown column {column!r} ({expected}); drop or rename it"
-                )
-        return table
-
-    def _check_rows(self, max_tokens: int) -> None:
-        seen = set()
-        for number in range(self._table.num_rows):
-            row = self._row(number)
-            try:
-                if row["id"] in seen:
-                    raise ValueError("duplicate id")
-                size = self._check_row(row, max_tokens)
-            except ValueError as error:
-                self.bad_rows.append(BadRow(number, row["id"], str(error)))
-                continue
-            seen.add(row["id"])
-            self._rows.append(number)
-            self.prompt_ids.append(row["id"])
-            self.categories.append(row["category"])
-            self.sources.append(row.get("source") or "")
-            self.sizes.append(size)
-        if not self._rows:
-            reasons = Counter(bad.reason for bad in self.bad_rows).most_common(3)
-            counted = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-            raise ValueError(f"{self.path} has no usable row ({counted or 'it is empty'})")
-
-    def _check_row(self, row: dict[str, Any], max_tokens: int) -> RowSize:
-        question, _, response = self._parse(row)
-        pictures = [decode_image(data) for data in self._image_files(row)]
-        size = RowSize(
-            self._processor.count_tokens(question, pictures),
-            len(self._processor.response_token_ids(response)) if response else 0,
-            tuple(self._processor.count_patches(picture) for picture in pictures),
-        )
-        num_tokens = size.num_prompt_tokens + size.num_response_tokens
-        if num_tokens > max_tokens:
-            raise ValueError(f"{num_tokens} tokens exceed {self.limit}={max_tokens}")
-        return size
-
-    def _row(self, number: int) -> dict[str, Any]:
-        """One row as a dict; a file without ids names its rows by number."""
-        row = self._table.slice(number, 1).to_pylist()[0]
-        row_id = row.get("id")
-        row["id"] = f"row-{number}" if row_id in (None, "") else str(row_id)
-        row["category"] = row.get("category") or ""
-        return row
-
-    def _image_files(self, row: dict[str, Any]) -> list[bytes]:
-        """The encoded images of a row: its own bytes, or files below the parquet file's folder."""
-        files = []
-        for image in row["images"] or []:
-            data, path = (image.get("bytes"), image.get("path")) if image else (None, None)
-            if data is None and not path:
-                raise ValueError("an image has neither bytes nor path")
-            files.append(data if data is not None else self._read_file(str(path)))
-        return files
-
-    def _read_file(self, name: str) -> bytes:
-        folder = self.path.parent.resolve()
-        path = (folder / name).resolve()  # follows links, so that none leads out of the folder
-        if not path.is_relative_to(folder):
-            raise ValueError(f"image path {name!r} leads out of the data folder")
-        if not path.is_file():
-            raise ValueError(f"image file {name!r} does not exist")
-        return path.read_bytes()
+        self._cache[index] = prompt
+        self._cached_bytes += _size_bytes(prompt)
+        while self._cached_bytes > self._max_cached_bytes:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= _size_bytes(dropped)
+        return prompt
 
     def index_of(self, prompt_id: str) -> int:
         """The index of a usable row."""
@@ -196,77 +163,120 @@ class _ParquetRows:
 
     def image_files(self, index: int) -> tuple[bytes, ...]:
         """The encoded images of a usable row, without processing them."""
-        return tuple(self._image_files(self._row(self._rows[index])))
+        return tuple(self._files.read(self._records[self._rows[index]].get(self._keys.images)))
 
-    def _prompt(self, index: int) -> tuple[Prompt, str]:
-        """The prompt of a usable row, from the cache or made, and the response of its row."""
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
-        row = self._row(self._rows[index])
-        question, answer, response = self._parse(row)
-        images = self._image_files(row)
-        prompt = self._processor.prompt(row["id"], question, images, answer, row["category"])
-        self._cache[index] = prompt, response
-        self._cached_bytes += _size_bytes(prompt)
-        while self._cached_bytes > self._max_cached_bytes:
-            _, (dropped, _) = self._cache.popitem(last=False)
-            self._cached_bytes -= _size_bytes(dropped)
-        return prompt, response
+    def _question(self, record: dict[str, Any]) -> str:
+        question = record.get(self._keys.problem)
+        if not isinstance(question, str):
+            raise ValueError(f"{self._keys.problem} is {type(question).__name__}, not text")
+        return f"{self._instruction}\n{question}" if self._instruction else question
+
+    def _known_or_checked(self, on_progress: Callable[[int, int], None]) -> list[_Checked]:
+        """Look up what an earlier check found, or check; of several processes one checks."""
+        from filelock import FileLock
+
+        settings = {
+            "version": __version__,
+            "records": self._records.identity,
+            "processor": self._processor.identity,
+            "keys": self._keys,
+            "instruction": self._instruction,
+            "max_tokens": self._max_tokens,
+        }
+        name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+        path = cache_folder() / f"{name}.checked.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if path.exists():
+                with path.open(encoding="utf-8", newline="\n") as file:
+                    lines = [json.loads(line) for line in file]
+                return [_Checked(**{**line, "patches": tuple(line["patches"])}) for line in lines]
+            found = list(self._checked(on_progress))
+            partial = path.with_suffix(".partial")
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
+            partial.replace(path)
+        return found
+
+    def _checked(self, on_progress: Callable[[int, int], None]) -> Iterator[_Checked]:
+        """Check all rows, in threads: what takes time, decoding, lets other threads run."""
+        total = len(self._records)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for numbers in batched(range(total), 64):  # so many rows are in memory at once
+                yield from threads.map(self._check, numbers)
+                on_progress(numbers[-1] + 1, total)
+
+    def _check(self, number: int) -> _Checked:
+        record: dict[str, Any] = {}
+        row_id, size, reason = f"row-{number}", RowSize(0, 0, ()), ""
+        try:
+            record = self._records[number]
+            row_id = _row_id(record, number)
+            size = self._size(record)
+        except (BadRecord, ValueError) as error:
+            reason = str(error) or type(error).__name__
+        category, source = (str(record.get(key) or "") for key in ("category", "source"))
+        return _Checked(row_id, category, source, size.num_prompt_tokens, size.patches, reason)
+
+    def _size(self, record: dict[str, Any]) -> RowSize:
+        _answer(record, self._keys)
+        question = self._question(record)
+        pictures = [
+            self._processor.picture(data)
+            for data in self._files.read(record.get(self._keys.images))
+        ]
+        num_tokens = self._processor.count_tokens(question, pictures)
+        if num_tokens > self._max_tokens:
+            raise ValueError(f"{num_tokens} tokens exceed max_prompt_tokens={self._max_tokens}")
+        patches = tuple(self._processor.count_patches(picture) for picture in pictures)
+        return RowSize(num_tokens, 0, patches)
+
+    def _sort(self, checked: Sequence[_Checked]) -> None:
+        """Keep what is usable, the first row of each id, and set aside the rest."""
+        seen = set[str]()
+        for number, row in enumerate(checked):
+            reason = row.reason or ("duplicate id" if row.row_id in seen else "")
+            if reason:
+                self.bad_rows.append(BadRow(number, row.row_id, reason))
+                continue
+            seen.add(row.row_id)
+            self._rows.append(number)
+            self.prompt_ids.append(row.row_id)
+            self.categories.append(row.category)
+            self.sources.append(row.source)
+            self.sizes.append(RowSize(row.num_tokens, 0, row.patches))
+        if not self._rows:
+            raise ValueError(f"{self.path} has no usable row ({summary(self.bad_rows)})")
 
 
-class PromptDataset(_ParquetRows, Dataset[Prompt]):
-    """Questions with a gold answer, in MMR1-RL's schema: `problem`, `answer`, `images`.
-
-    `images` is a list of {bytes, path}; `problem` has one `<image>` for each. Optional columns:
-    `id`, `category` and `source`.
-
-    Attributes:
-        prompt_ids, categories, sources, sizes: of the usable rows, in the order of the indices.
-        bad_rows: what was set aside, and why.
-    """
-
-    required_columns = ("problem", "answer", "images")
-    limit = "max_prompt_tokens"
-
-    def __getitem__(self, index: int) -> Prompt:
-        """The prompt of a usable row; processed the first time, then kept."""
-        return self._prompt(index)[0]
-
-    def _parse(self, row: dict[str, Any]) -> tuple[str, str, str]:
-        answer = (row["answer"] or "").strip()
-        if not answer:
-            raise ValueError("empty answer")
-        return row["problem"] or "", answer, ""
+def summary(bad_rows: Sequence[BadRow]) -> str:
+    """Return the most frequent reasons and how often each came."""
+    reasons = Counter(bad.reason for bad in bad_rows).most_common(3)
+    return "; ".join(f"{count} x {reason}" for reason, count in reasons) or "it is empty"
 
 
-class DemonstrationDataset(_ParquetRows, Dataset[Demonstration]):
-    """Questions with a response to imitate, in MMR1-SFT's schema: `conversations`, `images`.
+def _require_keys(records: Records, keys: Keys, name: str) -> None:
+    """Refuse a table that lacks a column; JSON records are checked one by one."""
+    for part, key in keys._asdict().items():
+        if records.columns is not None and key not in records.columns:
+            raise ValueError(
+                f"{name} has no column {key!r}; it has {', '.join(records.columns)}: name the right"
+                f" one as data.{part}_key"
+            )
 
-    `conversations` is one human turn, with an `<image>` for each image, and one gpt turn. Optional
-    columns: `id` and `category`. The prompts' gold answers are "".
 
-    Attributes:
-        prompt_ids, categories, sizes, bad_rows: as in `PromptDataset`.
-    """
+def _row_id(record: dict[str, Any], number: int) -> str:
+    """A record's id; one without is named by its number."""
+    row_id = record.get("id")
+    return f"row-{number}" if row_id in (None, "") else str(row_id)
 
-    required_columns = ("conversations", "images")
-    limit = "max_tokens_per_microbatch"
 
-    def __getitem__(self, index: int) -> Demonstration:
-        """The demonstration of a usable row."""
-        prompt, response = self._prompt(index)
-        return Demonstration(prompt, self._processor.response_token_ids(response))
-
-    def _parse(self, row: dict[str, Any]) -> tuple[str, str, str]:
-        turns = row["conversations"] or []
-        speakers = [turn["from"] for turn in turns]
-        if speakers != ["human", "gpt"]:
-            raise ValueError(f"conversation of {speakers}, not of one human and one gpt turn")
-        question, response = (turn["value"] or "" for turn in turns)
-        if not response.strip():
-            raise ValueError("empty response")
-        return question, "", response
+def _answer(record: dict[str, Any], keys: Keys) -> str:
+    answer = record.get(keys.answer)
+    text = "" if answer is None else str(answer).strip()
+    if not text:
+        raise ValueError("empty answer")
+    return text
 
 
 def _size_bytes(prompt: Prompt) -> int:

@@ -1,12 +1,13 @@
 """Encoded image files to RGB pictures, within limits.
 
-Owns what is accepted and how it becomes RGB; trainer and engine both decode here, so that both see
-the same pixels. Does not resize or normalise: that is the model's own processor.
+Owns what is accepted, how it becomes RGB, and the limits of its size; trainer and engine both get
+their pixels from here. What a model's vision tower needs besides is its own processor's business.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 
@@ -55,6 +56,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
         return _to_rgb(image)
     except _BROKEN as error:
         raise ValueError(f"broken image: {error}") from error
+
+
+def fit_pixels(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
+    """Scale an image whose area is out of [min_pixels, max_pixels], keeping its shape.
+
+    As the released MMR1 loader does: both sides times the root of limit / area, cut to integers,
+    Pillow's default filter (bicubic). Here no side falls below one pixel.
+    """
+    width, height = image.size
+    limit = min(max(width * height, min_pixels), max_pixels)
+    if limit == width * height:
+        return image
+    factor = math.sqrt(limit / (width * height))
+    return image.resize((max(int(width * factor), 1), max(int(height * factor), 1)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

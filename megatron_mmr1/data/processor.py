@@ -7,21 +7,34 @@ and tokenizer.py. Does not own rows and files (dataset.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from megatron_mmr1.config.model_folder import check_processor_files, has_vision
 from megatron_mmr1.data.image_tokens import ImageTokens, NoImages, image_tokens
-from megatron_mmr1.data.images import decode_image
+from megatron_mmr1.data.images import MAX_IMAGE_PIXELS, decode_image, fit_pixels
 from megatron_mmr1.data.tokenizer import has_sentencepiece_alone, text_encoder
 from megatron_mmr1.types import Prompt
 
 IMAGE_TAG = "<image>"
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation.
+
+    Attributes:
+        role: "system", "user" or "assistant".
+        text: with `<image>` where an image belongs.
+    """
+
+    role: str
+    text: str
 
 
 class PromptProcessor:
@@ -36,8 +49,16 @@ class PromptProcessor:
         end_of_turn_id: the token that ends a response.
     """
 
-    def __init__(self, model_folder: str | Path) -> None:
+    def __init__(
+        self,
+        model_folder: str | Path,
+        min_pixels: int = 0,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
         """Load from local files; nothing is fetched and no code of the folder runs.
+
+        Args:
+            min_pixels, max_pixels: of an image, before the model's own processor rounds its sides.
 
         Raises:
             ValueError: the folder lacks a file, its config a key, or the image processor cuts
@@ -74,6 +95,17 @@ class PromptProcessor:
         self.banned_token_ids: tuple[int, ...] = self._images.banned_token_ids
         self.end_of_turn_id: int = self.tokenizer.eos_token_id
         self._encode = text_encoder(folder, self.tokenizer)
+        self._min_pixels, self._max_pixels = min_pixels, max_pixels
+        self._folder = folder
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that prompts depend on: the folder's files without weights, and limits."""
+        digest = hashlib.sha256(f"{self._min_pixels}/{self._max_pixels}".encode())
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix in (".json", ".jinja", ".txt", ".model"):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()
 
     def prompt(
         self,
@@ -82,6 +114,7 @@ class PromptProcessor:
         images: Sequence[bytes] = (),
         answer: str = "",
         category: str = "",
+        history: Sequence[Turn] = (),
     ) -> Prompt:
         """Make the model's input of one question.
 
@@ -91,13 +124,14 @@ class PromptProcessor:
             images: encoded PNG or JPEG files, in the order of their tags.
             answer: the gold answer.
             category: the data set's name for this kind of question.
+            history: turns before the question, which may have images of their own.
 
         Raises:
             ValueError: tags and images differ in number, or an image is refused.
         """
-        text = self.render(question, len(images))
+        text = self.render(question, len(images), history)
         if images:
-            pictures = [decode_image(data) for data in images]
+            pictures = [self.picture(data) for data in images]
             # The template has the beginning-of-text token, where a model has one.
             inputs = self._processor(
                 text=[text], images=pictures, add_special_tokens=False, return_tensors="pt"
@@ -119,38 +153,44 @@ class PromptProcessor:
             images=tuple(images),
         )
 
-    def render(self, question: str, num_images: int) -> str:
-        """Apply the chat template to one user turn; each image is still one placeholder.
+    def picture(self, data: bytes) -> Image.Image:
+        """Decode an image, within the limits of its size.
+
+        Raises:
+            ValueError: see `decode_image`.
+        """
+        return fit_pixels(decode_image(data), self._min_pixels, self._max_pixels)
+
+    def render(self, question: str, num_images: int, history: Sequence[Turn] = ()) -> str:
+        """Apply the chat template; each image is still one placeholder.
 
         Raises:
             ValueError: the number of `<image>` tags is not `num_images`, or the model takes none.
         """
-        texts = question.split(IMAGE_TAG)
-        if len(texts) - 1 != num_images:
-            raise ValueError(f"{len(texts) - 1} {IMAGE_TAG} tags for {num_images} images")
-        if isinstance(self._images, NoImages):
-            if num_images:
-                raise self._images.refusal()
-            return self._rendered(question)
-        content = [{"type": "text", "text": texts[0]}] if texts[0] else []
-        for text in texts[1:]:
-            content.append({"type": "image"})
-            if text:
-                content.append({"type": "text", "text": text})
-        return self._rendered(content)
-
-    def _rendered(self, content: str | list[dict[str, str]]) -> str:
+        turns = [*history, Turn("user", question)]
+        num_tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
+        if num_tags != num_images:
+            raise ValueError(f"{num_tags} {IMAGE_TAG} tags for {num_images} images")
+        is_blind = isinstance(self._images, NoImages)
+        if isinstance(self._images, NoImages) and num_images:
+            raise self._images.refusal()
+        messages = [
+            {"role": turn.role, "content": turn.text if is_blind else _parts(turn.text)}
+            for turn in turns
+        ]
         return self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
 
-    def count_tokens(self, question: str, pictures: Sequence[Image.Image]) -> int:
+    def count_tokens(
+        self, question: str, pictures: Sequence[Image.Image], history: Sequence[Turn] = ()
+    ) -> int:
         """The length that `prompt` would have, without processing pixels.
 
         Raises:
             ValueError: tags and images differ in number, or the text holds special vision tokens.
         """
-        token_ids = self.encode(self.render(question, len(pictures)))
+        token_ids = self.encode(self.render(question, len(pictures), history))
         num_placeholders = token_ids.count(self.image_token_id)
         if num_placeholders != len(pictures):
             raise ValueError(f"{num_placeholders} image placeholders for {len(pictures)} images")
@@ -184,3 +224,14 @@ class PromptProcessor:
         if banned:
             raise ValueError(f"the response holds the vision tokens {sorted(banned)}")
         return torch.tensor([*token_ids, self.end_of_turn_id])
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """Cut a turn at its `<image>` tags, for a chat template."""
+    first, *others = text.split(IMAGE_TAG)
+    parts = [{"type": "text", "text": first}] if first else []
+    for after in others:
+        parts.append({"type": "image"})
+        if after:
+            parts.append({"type": "text", "text": after})
+    return parts

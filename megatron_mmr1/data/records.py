@@ -36,6 +36,7 @@ class Records(ABC):
     """So many records; thread-safe to read."""
 
     columns: tuple[str, ...] | None = None  # None: each record has its own
+    identity: str  # of the source as it is now
 
     @abstractmethod
     def __len__(self) -> int:
@@ -82,6 +83,7 @@ class ArrowRecords(Records):
 
     def __init__(self, dataset: Any) -> None:
         self.columns = tuple(dataset.column_names)
+        self.identity = str(dataset._fingerprint)  # the library's name of its cache
         self._rows = dataset.with_format("arrow")  # no feature decodes anything
 
     def __len__(self) -> int:
@@ -96,13 +98,14 @@ class ArrowRecords(Records):
 def _of_parquet(path: Path) -> ArrowRecords:
     import datasets
     import pyarrow.parquet as pq
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         pq.read_schema(path)  # the library's own words for a damaged file are a page long
         dataset = datasets.load_dataset(
             "parquet", data_files={"train": str(path)}, split="train", verification_mode="no_checks"
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({error})") from error
     return ArrowRecords(dataset)
 
@@ -137,6 +140,8 @@ class JsonRecords(Records):
             raise ValueError(f"{path} is empty")
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        status = path.stat()
+        self.identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
         self._ranges_N2 = self._index(on_progress)
 
     def __len__(self) -> int:
@@ -159,10 +164,8 @@ class JsonRecords(Records):
 
     def _index(self, on_progress: Callable[[int, int], None]) -> np.ndarray:
         """Return every record's [start, stop) in bytes, int64 [N, 2], kept or made."""
-        status = self.path.stat()
-        identity = f"{self.path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        cached = _cache_folder() / f"{name}.npy"
+        name = hashlib.sha256(self.identity.encode()).hexdigest()[:32]
+        cached = cache_folder() / f"{name}.npy"
         if cached.exists():
             return np.load(cached, mmap_mode="r", allow_pickle=False)
         data = np.frombuffer(self._bytes, np.uint8)
@@ -174,11 +177,11 @@ class JsonRecords(Records):
         return ranges_N2
 
 
-def _cache_folder() -> Path:
-    """Where indexes are kept: in the cache of the `datasets` library (HF_DATASETS_CACHE)."""
-    import datasets
+def cache_folder() -> Path:
+    """Return where indexes are kept: in the cache of the `datasets` library (HF_DATASETS_CACHE)."""
+    from datasets import config
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "megatron_mmr1"
+    return Path(config.HF_DATASETS_CACHE) / "megatron_mmr1"
 
 
 def scan(

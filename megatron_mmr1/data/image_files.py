@@ -1,0 +1,59 @@
+"""The encoded images of a record: bytes in it, or files below a root folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+MAX_FILE_BYTES = 64 << 20
+
+
+class ImageFiles:
+    """Reads images as data sets have them.
+
+    Args:
+        root: image paths are relative to it, and may not leave it; None: a record must hold bytes.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root.resolve() if root else None
+
+    def read(self, images: Any) -> list[bytes]:
+        """Return the encoded files of a record's images.
+
+        Args:
+            images: one or a list of: bytes; a path; {"bytes": ..., "path": ...}, either of which
+                may be null. None: no images.
+
+        Raises:
+            ValueError: says what is wrong with which image.
+        """
+        if images is None:
+            return []
+        return [self._read(image) for image in (images if isinstance(images, list) else [images])]
+
+    def _read(self, image: Any) -> bytes:
+        data, path = image, None
+        if isinstance(image, dict):
+            data, path = image.get("bytes"), image.get("path")
+        elif isinstance(image, str):
+            data, path = None, image
+        if isinstance(data, bytes):
+            return data
+        if data is None and isinstance(path, str) and path:
+            return self._read_file(path)
+        raise ValueError("an image has neither bytes nor path")
+
+    def _read_file(self, name: str) -> bytes:
+        if self._root is None:
+            raise ValueError(f"image path {name!r}: this source has no folder of images")
+        if "\0" in name:
+            raise ValueError("an image path holds a NUL character")
+        path = (self._root / name).resolve()  # follows links, so that none leads out
+        if not path.is_relative_to(self._root):
+            raise ValueError(f"image path {name!r} leads out of the data folder")
+        if not path.is_file():
+            raise ValueError(f"image file {name!r} does not exist")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"image file {name!r} has more than {MAX_FILE_BYTES} bytes")
+        return path.read_bytes()
