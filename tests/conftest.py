@@ -1,10 +1,13 @@
 """Fixtures shared by the tests: the tiny model and the digits data, built once a session."""
 
 import os
+import shutil
+import tempfile
 
 # Before torch or transformers are imported by any test.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="megatron_mmr1_tests_")
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as device.prepare_process does on a CPU
 
 from collections.abc import Callable
@@ -12,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def pytest_sessionfinish() -> None:
+    """Remove what data sets kept on disk."""
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

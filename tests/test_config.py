@@ -261,8 +261,12 @@ GRPO_FAULTS = [
     ("optimizer.schedule=step", "optimizer.schedule='step' ", "constant or linear or cosine"),
     ("optimizer.lr=0", "optimizer.lr=0.0 ", "above 0"),
     ("optimizer.min_lr=1", "optimizer.min_lr=1.0 ", "range"),
-    ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1 ", "use 0 or more"),
-    ("optimizer.warmup_steps=60", "optimizer.warmup_steps=60 ", "use at most 59"),
+    ("optimizer.warmup_ratio=-1", "optimizer.warmup_ratio=-1.0 ", "use 0 to below 1"),
+    ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio=1.0 ", "use 0 to below 1"),
+    ("data.min_pixels=-1", "data.min_pixels=-1 ", "use 0 or more"),
+    ("data={min_pixels: 100, max_pixels: 99}", "data.max_pixels=99 ", "larger"),
+    ("data.max_bad_share=2", "data.max_bad_share=2.0 ", "use 0 to 1"),
+    ("data.problem_key=''", "data.problem_key='' ", "names no column"),
     ("optimizer.beta2=1", "optimizer.beta2=1.0 ", "below 1"),
     ("num_steps=0", "num_steps=0 ", "use 1 or more"),
     ("seed=-1", "seed=-1 ", "use 0 or more"),
@@ -441,7 +445,7 @@ def test_a_run_folder_records_the_config_and_is_taken_once(files: Path, tmp_path
     cold_dir = open_run_dir(cold, "first")
     assert cold_dir == tmp_path / "digits_sft" / "first"
     (cold_dir / "metrics.jsonl").touch()
-    assert "resume" not in message_of(open_run_dir, cold, "first")
+    assert "resume=auto" in message_of(open_run_dir, cold, "first")
 
 
 def test_resuming_needs_the_saved_config(files: Path, tmp_path: Path):

@@ -16,14 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_mmr1.data.dataset import DemonstrationDataset, PromptDataset
+from megatron_mmr1.data.dataset import Keys, PromptDataset
 from megatron_mmr1.data.digits import (
     PROMPT_SCHEMA,
-    SFT_SCHEMA,
     build_digits,
     scan_split,
 )
-from megatron_mmr1.data.images import decode_image
+from megatron_mmr1.data.images import decode_image, fit_pixels
 from megatron_mmr1.data.loader import build_loader
 from megatron_mmr1.data.mrope import mrope_positions
 from megatron_mmr1.data.processor import PromptProcessor
@@ -327,9 +326,6 @@ def test_wrong_columns_and_a_file_of_bad_rows_are_refused(
     pq.write_table(table.drop_columns(["answer"]), path)
     with pytest.raises(ValueError, match=r"rows.parquet has no column 'answer'"):
         PromptDataset(path, processor)
-    pq.write_table(table.append_column("level", pa.array([1])), path)
-    with pytest.raises(ValueError, match="unknown column 'level'"):
-        PromptDataset(path, processor)
     with pytest.raises(ValueError, match="does not exist"):
         PromptDataset(tmp_path / "none.parquet", processor)
 
@@ -341,6 +337,75 @@ def test_released_schema_without_id_and_category_is_read(
     pq.write_table(table.drop_columns(["id", "category"]), tmp_path / "rows.parquet")
     prompts = PromptDataset(tmp_path / "rows.parquet", processor)
     assert prompts.prompt_ids == ["row-0", "row-1"] and prompts.categories == ["", ""]
+
+
+def test_rows_of_other_keys_and_formats_give_the_same_prompts(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    """EasyR1's keys are MMR1-RL's; any others can be named; JSON lines hold paths of images."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png(56))
+    table = pa.Table.from_pylist([prompt_row("a", level=1)])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    expected = PromptDataset(tmp_path / "rows.parquet", processor)[0]
+    for images in ("images/a.png", ["images/a.png"], [{"path": "images/a.png"}]):
+        row = {"id": "a", "question": "<image>Sum?", "solution": 8, "picture": images}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"category": "sum2"}) + "\n")
+        keys = Keys("question", "solution", "picture")
+        found = PromptDataset(tmp_path / "rows.jsonl", processor, keys=keys)[0]
+        for name in ("prompt_id", "answer", "category", "question", "images"):
+            assert getattr(found, name) == getattr(expected, name), name
+        assert torch.equal(found.pixel_values, expected.pixel_values)
+        assert torch.equal(found.token_ids, expected.token_ids)
+
+
+def test_an_instruction_comes_before_the_question(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.parquet", [prompt_row("a")], PROMPT_SCHEMA)
+    prompts = PromptDataset(path, processor, instruction="Largest digit?")
+    assert prompts[0].question == "Largest digit?\n<image>Sum?"
+    assert prompts.sizes[0].num_prompt_tokens == len(prompts[0].token_ids)
+
+
+def test_rows_are_checked_once_and_anew_when_anything_changes(
+    processor: PromptProcessor, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    rows = [prompt_row("a"), prompt_row("b", answer="")]
+    path = write_rows(tmp_path / "rows.parquet", rows, PROMPT_SCHEMA)
+    told: list[tuple[int, int]] = []
+
+    def look(**settings: Any) -> int:
+        told.clear()
+        found = PromptDataset(
+            path,
+            settings.pop("processor", processor),
+            on_progress=lambda *p: told.append(p),
+            **settings,
+        )
+        assert [bad.reason for bad in found.bad_rows][:1] == ["empty answer"]
+        assert found.prompt_ids == ["a"] and found.sizes[0].patches == (8,)
+        return len(told)
+
+    assert (look(), look()) == (1, 0)
+    assert look(max_tokens=60) == 1
+    assert look(instruction="Sum?") == 1
+    assert look(processor=PromptProcessor(tiny_model_dir, max_pixels=10**7)) == 1
+    write_rows(path, [*rows, prompt_row("c", answer="")], PROMPT_SCHEMA)
+    assert look() == 1
+
+
+def test_pixels_are_kept_within_their_limits(tiny_model_dir: Path) -> None:
+    """Released MMR1: sides times the root of limit / area, cut to integers."""
+    image = Image.new("RGB", (300, 100))
+    assert fit_pixels(image, 0, 30_000) is image
+    assert fit_pixels(image, 0, 7_500).size == (150, 50)
+    assert fit_pixels(image, 120_000, 10**6).size == (600, 200)
+    assert fit_pixels(Image.new("RGB", (1000, 1)), 0, 100).size == (316, 1)
+    small = PromptProcessor(tiny_model_dir, max_pixels=28 * 56)
+    prompt = small.prompt("a", "<image>Sum?", [png(280, 560)])
+    assert prompt.image_grid_thw is not None
+    assert prompt.image_grid_thw.tolist() == [[1, 4, 2]]
 
 
 def test_the_length_checked_at_load_is_the_length_of_the_prompt(
@@ -362,30 +427,6 @@ def test_the_cache_keeps_prompts_within_its_bytes(
     assert 0 < prompts._cached_bytes <= 300_000
     assert prompts[len(prompts) - 1] is all_prompts[-1]
     assert prompts[0] is not all_prompts[0]
-
-
-def test_demonstrations_end_the_turn_and_bad_ones_are_set_aside(
-    processor: PromptProcessor, tmp_path: Path
-) -> None:
-    def row(row_id: str, *turns: tuple[str, str]) -> dict[str, Any]:
-        conversations = [{"from": speaker, "value": value} for speaker, value in turns]
-        images = [{"bytes": png(56), "path": None}]
-        return {"id": row_id, "category": "", "conversations": conversations, "images": images}
-
-    human = ("human", "<image>Sum?")
-    rows = [
-        row("good", human, ("gpt", "<answer>8</answer>")),
-        row("silent", human, ("gpt", "")),
-        row("alone", human),
-        row("placeholder", human, ("gpt", "<|image_pad|>")),
-    ]
-    path = write_rows(tmp_path / "sft.parquet", rows, SFT_SCHEMA)
-    demonstrations = DemonstrationDataset(path, processor)
-    assert demonstrations.prompt_ids == ["good"]
-    assert [bad.row_id for bad in demonstrations.bad_rows] == ["silent", "alone", "placeholder"]
-    response = demonstrations[0].response_token_ids
-    assert response.dtype == torch.int64
-    assert processor.tokenizer.decode(response) == "<answer>8</answer><|im_end|>"
 
 
 def test_the_loader_draws_no_batch_ahead_and_leaves_the_global_generator_alone(

@@ -140,7 +140,7 @@ def cold_start(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -
         *("-m", "megatron_mmr1.sft", f"output_dir={runs.folder}", "run=cold"),
         *(f"model.path={tiny_model_dir}", f"data={runs.folder / 'sft.parquet'}"),
         *("num_steps=45", "global_batch_size=16", "max_tokens_per_microbatch=1024"),
-        *("optimizer.warmup_steps=5",),
+        *("optimizer.warmup_ratio=0.11",),
     )
     with taken_port() as port:
         model = f"model.path={tiny_model_dir}"

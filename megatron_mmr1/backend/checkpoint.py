@@ -55,6 +55,11 @@ class Checkpoints:
         """
         return max(self._steps(), default=None)
 
+    def best(self) -> int | None:
+        """Return the best checkpoint's step, or None."""
+        path = self._root / _BEST
+        return int(path.read_text().strip().removeprefix("step_")) if path.exists() else None
+
     def save(
         self, step: int, policy: MegatronPolicy, trainer_state: dict[str, Any], is_best: bool
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,13 +40,14 @@ def build_optimizer(
         model,
     )
     _make_adam_state(optimizer)
+    num_warmup_steps = math.ceil(config.warmup_ratio * num_steps)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(num_steps, config.warmup_steps + 1),
+        lr_warmup_steps=num_warmup_steps,
+        lr_decay_steps=max(num_steps, num_warmup_steps + 1),
         lr_decay_style=config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

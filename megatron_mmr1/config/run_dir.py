@@ -64,9 +64,11 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
     if any(run_dir.iterdir()):
         # A run that was refused before its first record may try again, with the same config.
         has_records = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
-        if has_records and (is_sft or config.resume == "never"):
-            or_resume = "" if is_sft else "resume=auto to continue it, or "
-            raise ValueError(f"run={run_name!r}: {run_dir} is in use; use {or_resume}another run=")
+        if has_records and config.resume == "never":
+            raise ValueError(
+                f"run={run_name!r}: {run_dir} is in use; use resume=auto to continue it, or another"
+                " run="
+            )
         _check_same_config(run_dir, text)
     else:
         temporary = run_dir / f".{CONFIG_FILE}.{os.getpid()}"

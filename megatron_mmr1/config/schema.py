@@ -50,7 +50,7 @@ class OptimizerConfig:
     lr: float = MISSING
     min_lr: float = 0.0
     schedule: str = "constant"  # constant | linear | cosine
-    warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # of the optimizer's steps, rounded up
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -59,11 +59,24 @@ class OptimizerConfig:
 
 @dataclass
 class DataConfig:
-    """Parquet files. A prompt longer than `max_prompt_tokens` is set aside and counted, not cut."""
+    """A .parquet, .json or .jsonl file, or a hub id as OWNER/NAME:SPLIT, for training and held out.
+
+    Bad rows are set aside and counted; so is a prompt longer than `max_prompt_tokens`, which is
+    never cut.
+    """
 
     train: str = MISSING
     heldout: str = MISSING
     max_prompt_tokens: int = 2048
+    problem_key: str = "problem"
+    answer_key: str = "answer"
+    images_key: str = "images"
+    system_prompt: str = ""  # put before every question, in the user's turn, as MMR1's code does
+    # Of an image: smaller and larger ones are scaled before the model's own processor sees them.
+    min_pixels: int = 0
+    max_pixels: int = 1_048_576
+    max_bad_share: float = 0.05  # of the rows of a file; above it the run stops
+    cache_bytes: int = 512 << 20  # of prompts with their pixels, kept in memory by each process
 
 
 @dataclass
@@ -209,12 +222,21 @@ class SftConfig:
     output_dir: str = "outputs"
     run: str | None = None
     seed: int = 0
-    num_steps: int = MISSING
-    global_batch_size: int = MISSING
+    resume: str = "never"  # never | auto
+    num_steps: int = 0  # this or num_epochs
+    num_epochs: float = 0.0
+    global_batch_size: int = MISSING  # conversations
     # Packed tokens of a forward pass, padding included. A demonstration that has more is set aside
     # and counted, not cut.
     max_tokens_per_microbatch: int = MISSING
+    # ShareGPT records in a .json, .jsonl or .parquet file, or a hub id as OWNER/NAME:SPLIT.
     data: str = MISSING
+    validation: str | None = None  # likewise; its lowest loss decides which weights are written
+    validation_every: int = 50  # steps, and after the last one
+    min_pixels: int = 0
+    max_pixels: int = 1_048_576
+    max_bad_share: float = 0.05  # of the records seen; above it the run stops
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=0))
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -7,6 +7,7 @@ Reads file names only and changes nothing. Each function raises at the first fau
 from __future__ import annotations
 
 import math
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import check_folder_name
 from megatron_mmr1.config.schema import (
     AlgorithmConfig,
+    DataConfig,
     EngineConfig,
     EvaluateConfig,
     GrpoConfig,
@@ -55,14 +57,11 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     Raises:
         ValueError: names the key, its value and a remedy.
     """
-    _choice("resume", config.resume, ("never", "auto"))
-    if config.run is not None:
-        check_folder_name("run", config.run)
-    elif config.resume == "auto":
-        raise ValueError("resume='auto' needs the name of the run to continue; add run=NAME")
+    _check_resume(config.resume, config.run)
     if config.replay is not None:
         _check_replay(Path(config.replay), config.num_steps)
-    _check_run(config.seed, config.num_steps)
+    _at_least("seed", config.seed, 0)
+    _at_least("num_steps", config.num_steps, 1)
     _check_model(config.model)
     _check_sampler(config.sampler)
     _at_least("max_responses", config.max_responses, 0)
@@ -76,7 +75,7 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     _check_reward(config.reward)
     _check_algorithm(config.algorithm)
     steps_per_batch = config.algorithm.optimizer_steps_per_batch
-    _check_optimizer(config.optimizer, config.num_steps * steps_per_batch)
+    _check_optimizer(config.optimizer)
     _multiple(
         "prompts_per_step",
         config.prompts_per_step,
@@ -88,8 +87,7 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     _at_least("evaluation.samples_per_prompt", config.evaluation.samples_per_prompt, 1)
     _at_least("checkpoint.every", config.checkpoint.every, 0)
     _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
-    check_data_file("data.train", config.data.train)
-    check_data_file("data.heldout", config.data.heldout)
+    _check_data(config.data)
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, world_size)
@@ -115,13 +113,27 @@ def validate_sft(config: SftConfig, world_size: int) -> None:
     Raises:
         ValueError: names the key, its value and a remedy.
     """
-    if config.run is not None:
-        check_folder_name("run", config.run)
-    _check_run(config.seed, config.num_steps)
+    _check_resume(config.resume, config.run)
+    _at_least("seed", config.seed, 0)
+    _at_least("num_steps", config.num_steps, 0)
+    _at_least("num_epochs", config.num_epochs, 0)
+    _require(
+        (config.num_steps > 0) != (config.num_epochs > 0),
+        "num_steps",
+        config.num_steps,
+        f"and num_epochs={config.num_epochs!r}: set one of them above 0, and only one",
+    )
     _at_least("global_batch_size", config.global_batch_size, 1)
     _check_model(config.model)
-    _check_optimizer(config.optimizer, config.num_steps)
-    check_data_file("data", config.data)
+    _check_optimizer(config.optimizer)
+    check_source("data", config.data)
+    if config.validation is not None:
+        check_source("validation", config.validation)
+    _check_pixels("min_pixels", config.min_pixels, "max_pixels", config.max_pixels)
+    _check_share("max_bad_share", config.max_bad_share)
+    _at_least("validation_every", config.validation_every, 0)
+    _at_least("checkpoint.every", config.checkpoint.every, 0)
+    _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, world_size)
@@ -156,7 +168,7 @@ def validate_evaluate(config: EvaluateConfig) -> None:
         raise ValueError(f"output={config.output!r}: its folder does not exist; make it first")
     _check_engine(config.rollout)
     _check_reward(config.reward)
-    check_data_file("data", config.data)
+    check_source("data", config.data)
     check_model_folder(config.model, "model")
     check_module("vllm")
 
@@ -178,19 +190,40 @@ def validate_parity(config: ParityConfig) -> None:
     check_module("megatron.core")
 
 
-def check_data_file(key: str, path: str) -> None:
-    """Refuse a data file that does not exist.
+def check_source(key: str, source: str) -> None:
+    """Refuse a source of data that is neither a file nor the form of a hub id.
 
     Raises:
         ValueError: there is no such file.
     """
     _require(
-        Path(path).is_file(),
+        Path(source).is_file() or is_hub_id(source),
         key,
-        path,
-        "is no file; give a parquet file (`python -m megatron_mmr1.data.digits` writes those of "
-        "the digits task)",
+        source,
+        "is no file; give a .parquet, .json or .jsonl file, or a hub id as OWNER/NAME:SPLIT "
+        "(`python -m megatron_mmr1.data.digits` writes the files of the digits task)",
     )
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form OWNER/NAME[:SPLIT][@REVISION], and is not a path.
+
+    A path of one folder and one name without an ending looks the same: only if there is no such
+    folder here it is a hub id.
+    """
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?(?:@[\w./-]+)?", source)
+    return bool(is_id) and not Path(source).suffix and not Path(source).parent.exists()
+
+
+def _check_pixels(low_key: str, low: int, high_key: str, high: int) -> None:
+    _at_least(low_key, low, 0)
+    _require(
+        high >= max(low, 1), high_key, high, f"is below 1 or {low_key}={low}; use a larger number"
+    )
+
+
+def _check_share(key: str, share: float) -> None:
+    _require(0 <= share <= 1, key, share, "is no share; use 0 to 1")
 
 
 def check_module(module: str) -> None:
@@ -217,9 +250,22 @@ def _check_replay(run_dir: Path, num_steps: int) -> None:
     _require(last >= num_steps, "num_steps", num_steps, f"exceeds the run to replay; use {last}")
 
 
-def _check_run(seed: int, num_steps: int) -> None:
-    _at_least("seed", seed, 0)
-    _at_least("num_steps", num_steps, 1)
+def _check_resume(resume: str, run: str | None) -> None:
+    _choice("resume", resume, ("never", "auto"))
+    if run is not None:
+        check_folder_name("run", run)
+    elif resume == "auto":
+        raise ValueError("resume='auto' needs the name of the run to continue; add run=NAME")
+
+
+def _check_data(config: DataConfig) -> None:
+    check_source("data.train", config.train)
+    check_source("data.heldout", config.heldout)
+    _check_pixels("data.min_pixels", config.min_pixels, "data.max_pixels", config.max_pixels)
+    _check_share("data.max_bad_share", config.max_bad_share)
+    _at_least("data.cache_bytes", config.cache_bytes, 0)
+    for key in ("problem_key", "answer_key", "images_key"):
+        _require(bool(getattr(config, key)), f"data.{key}", "", "names no column; give its name")
 
 
 def _check_model(config: ModelConfig) -> None:
@@ -254,7 +300,7 @@ def _check_engine_ranks(tp_size: int, sizes: ModelSizes, world_size: int) -> Non
     )
 
 
-def _check_optimizer(config: OptimizerConfig, num_optimizer_steps: int) -> None:
+def _check_optimizer(config: OptimizerConfig) -> None:
     _require(
         0 < config.lr < math.inf, "optimizer.lr", config.lr, "is no learning rate; use one above 0"
     )
@@ -265,13 +311,11 @@ def _check_optimizer(config: OptimizerConfig, num_optimizer_steps: int) -> None:
         f"is not between 0 and optimizer.lr={config.lr!r}; use a number in that range",
     )
     _choice("optimizer.schedule", config.schedule, ("constant", "linear", "cosine"))
-    _at_least("optimizer.warmup_steps", config.warmup_steps, 0)
     _require(
-        config.warmup_steps < num_optimizer_steps,
-        "optimizer.warmup_steps",
-        config.warmup_steps,
-        f"leaves none of the run's {num_optimizer_steps} optimizer steps for the schedule; "
-        f"use at most {num_optimizer_steps - 1}",
+        0 <= config.warmup_ratio < 1,
+        "optimizer.warmup_ratio",
+        config.warmup_ratio,
+        "is no share of the run that leaves some for the schedule; use 0 to below 1",
     )
     for key in ("beta1", "beta2"):
         beta = getattr(config, key)

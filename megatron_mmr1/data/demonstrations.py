@@ -85,7 +85,7 @@ class Demonstrations:
                 continue
             *history, question = turns[:place]
             prompt = self._processor.prompt(
-                f"{self.row_id(number)}/{place}",
+                f"{number}/{place}",  # ids may repeat
                 question.text,
                 files[:num_images],
                 history=history,

@@ -14,7 +14,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from megatron_mmr1.config.validate import is_hub_id
+
 _CHUNK = 64 << 20  # bytes scanned between two words of progress
 _MAX_RECORD_BYTES = 256 << 20
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:@[\w./-]+)?")
 
 
 class BadRecord(ValueError):
@@ -70,7 +70,7 @@ def open_records(
         if path.suffix in (".json", ".jsonl", ".ndjson"):
             return JsonRecords(path, on_progress)
         raise ValueError(f"{path} is neither .parquet nor .json nor .jsonl; convert or rename it")
-    if not path.suffix and _HUB_ID.fullmatch(source):
+    if is_hub_id(source):
         return _of_hub(source)
     raise ValueError(
         f"{source} does not exist; give a .parquet, .json or .jsonl file, or a hub id as "

@@ -61,7 +61,7 @@ class Progress:
             expand=True,
         )
         self._task = self._bar.add_task(title, total=total, completed=initial, clock="")
-        self._is_brief = is_brief
+        self._is_brief, self._tenths = is_brief, initial * 10 // max(total, 1)
         is_live = self._console.is_terminal and not self._console.is_dumb_terminal and not is_brief
         self._live = Live(console=self._console, get_renderable=self._render) if is_live else None
 
@@ -73,7 +73,8 @@ class Progress:
             if value is not None:
                 self._shown[label] = form.format(value) if math.isfinite(value) else "-"
         if self._is_brief:
-            if step * 10 // self._total > (step - 1) * 10 // self._total:
+            if (tenths := step * 10 // self._total) > self._tenths:
+                self._tenths = tenths
                 self._print(f"{self._title}: {step / self._total:.0%}  {self._clock()}")
         elif self._live is None:
             width = len(str(self._total))

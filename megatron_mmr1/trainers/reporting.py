@@ -5,7 +5,8 @@ the model. Rank 0 writes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.convert.hf_files import write_hf_folder
-from megatron_mmr1.data.dataset import DemonstrationDataset, PromptDataset
+from megatron_mmr1.data.dataset import PromptDataset, summary
 from megatron_mmr1.observability.calibration import write_calibration
 from megatron_mmr1.observability.metrics import MetricsWriter, truncate_after
+from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.prompt_stats import append_prompt_stats
 from megatron_mmr1.observability.rollouts import write_rollouts
 from megatron_mmr1.sampling.base import Sampler
@@ -23,6 +25,9 @@ from megatron_mmr1.types import Prompt, ScoredGroup
 
 if TYPE_CHECKING:
     from megatron_mmr1.trainers.collect import Collected
+
+BAD_ROWS_FILE = "bad_rows.jsonl"
+_QUIET_S = 3.0
 
 
 class Recorder:
@@ -92,16 +97,42 @@ def _with_images(prompt: Prompt, dataset: PromptDataset) -> Prompt:
     return replace(prompt, images=dataset.image_files(dataset.index_of(prompt.prompt_id)))
 
 
-def report_bad_rows(
-    run_dir: Path, datasets: Sequence[PromptDataset | DemonstrationDataset]
-) -> None:
-    """Write the rows that were set aside to `bad_rows.jsonl`, anew, and say how many; rank 0."""
-    bad = [(str(d.path), row) for d in datasets for row in d.bad_rows]
-    if not bad or not parallel.is_main():
-        return
-    path = run_dir / "bad_rows.jsonl"
-    lines = [json.dumps({"source": source} | asdict(row)) + "\n" for source, row in bad]
-    path.write_text("".join(lines), encoding="utf-8")
+def report_bad_rows(run_dir: Path, datasets: Sequence[PromptDataset], max_bad_share: float) -> None:
+    """Write the rows that were set aside to `bad_rows.jsonl`, anew, and say how many; rank 0.
+
+    Raises:
+        ValueError: on all ranks: a source has a larger share of them.
+    """
+    bad = [(d.path, row) for d in datasets for row in d.bad_rows]
+    path = run_dir / BAD_ROWS_FILE
+    if bad and parallel.is_main():
+        lines = [json.dumps({"source": source} | asdict(row)) + "\n" for source, row in bad]
+        path.write_text("".join(lines), encoding="utf-8")
+        for dataset in datasets:
+            if dataset.bad_rows:
+                print(f"{dataset.path}: {len(dataset.bad_rows)} bad rows set aside, see {path}")
     for dataset in datasets:
-        if dataset.bad_rows:
-            print(f"{dataset.path}: {len(dataset.bad_rows)} bad rows set aside, see {path}")
+        num_bad = len(dataset.bad_rows)
+        if num_bad > max_bad_share * (num_bad + len(dataset)):
+            raise ValueError(
+                f"data.max_bad_share={max_bad_share}: {num_bad} of {num_bad + len(dataset)} rows of"
+                f" {dataset.path} are bad ({summary(dataset.bad_rows)}); see {path}, and mend them "
+                "or raise the share"
+            )
+
+
+def progress_of(title: str) -> Callable[[int, int], None]:
+    """Return what shows the progress of reading a source: done and total; rank 0, long work only.
+
+    It begins to speak after some seconds: looking up an earlier result is quick.
+    """
+    start = time.monotonic()
+    bars: list[Progress] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(Progress(total, title=title, is_brief=True))
+        if parallel.is_main() and time.monotonic() - start > _QUIET_S:
+            bars[0].update(done, {})
+
+    return show

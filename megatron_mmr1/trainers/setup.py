@@ -14,7 +14,7 @@ from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import GrpoConfig
-from megatron_mmr1.data.dataset import PromptDataset
+from megatron_mmr1.data.dataset import Keys, PromptDataset
 from megatron_mmr1.data.loader import build_loader
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.kernels.contract import SoftmaxRule
@@ -25,7 +25,7 @@ from megatron_mmr1.rollout.engine import RolloutEngine
 from megatron_mmr1.rollout.replay import ReplayEngine
 from megatron_mmr1.sampling import EngineShare, PromptPool, Sampler, Statistician, VasSampler
 from megatron_mmr1.trainers.exchange import EnginePlace
-from megatron_mmr1.trainers.reporting import report_bad_rows
+from megatron_mmr1.trainers.reporting import progress_of, report_bad_rows
 from megatron_mmr1.types import Prompt
 from megatron_mmr1.weight_sync import WeightSync
 
@@ -65,12 +65,21 @@ def build_parts(
     """Build the parts, data first (its errors are the cheapest to meet),
     and close the verifier at the end.
     """
-    processor = PromptProcessor(config.model.path)
+    data = config.data
+    processor = PromptProcessor(config.model.path, data.min_pixels, data.max_pixels)
     train_set, heldout_set = (
-        PromptDataset(path, processor, config.data.max_prompt_tokens)
-        for path in (config.data.train, config.data.heldout)
+        PromptDataset(
+            source,
+            processor,
+            data.max_prompt_tokens,
+            Keys(data.problem_key, data.answer_key, data.images_key),
+            data.system_prompt,
+            data.cache_bytes,
+            progress_of(f"checking {source}"),
+        )
+        for source in (data.train, data.heldout)
     )
-    report_bad_rows(run_dir, [train_set, heldout_set])
+    report_bad_rows(run_dir, [train_set, heldout_set], data.max_bad_share)
     place = EnginePlace.of(config.rollout.tp_size if config.replay is None else 1)
     sampler = VasSampler(
         prompt_pool(train_set, config.sampler.prior),
