@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
-from megatron_mmr1.data.images import decode_image
+from megatron_mmr1.data.images import decode_image, read_below
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.types import Demonstration, Prompt
 
@@ -178,17 +178,8 @@ class _ParquetRows:
             data, path = (image.get("bytes"), image.get("path")) if image else (None, None)
             if data is None and not path:
                 raise ValueError("an image has neither bytes nor path")
-            files.append(data if data is not None else self._read_file(str(path)))
+            files.append(data if data is not None else read_below(self.path.parent, str(path)))
         return files
-
-    def _read_file(self, name: str) -> bytes:
-        folder = self.path.parent.resolve()
-        path = (folder / name).resolve()  # follows links, so that none leads out of the folder
-        if not path.is_relative_to(folder):
-            raise ValueError(f"image path {name!r} leads out of the data folder")
-        if not path.is_file():
-            raise ValueError(f"image file {name!r} does not exist")
-        return path.read_bytes()
 
     def index_of(self, prompt_id: str) -> int:
         """The index of a usable row."""

@@ -1,14 +1,17 @@
 """Encoded image files to RGB pictures, within limits.
 
-Owns what is accepted and how it becomes RGB; trainer and engine both decode here, so that both see
-the same pixels. Does not resize or normalise: that is the model's own processor.
+Owns which files are read, what is accepted and how it becomes RGB; trainer and engine both decode
+here, so that both see the same pixels. Does not resize or normalise: that is the model's own
+processor.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -55,6 +58,21 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
         return _to_rgb(image)
     except _BROKEN as error:
         raise ValueError(f"broken image: {error}") from error
+
+
+def read_below(folder: Path, name: str) -> bytes:
+    """Read the file `name`, a path relative to `folder` that stays below it.
+
+    Raises:
+        ValueError: it leads out of the folder, also by a link, or is no file.
+    """
+    folder = folder.resolve()
+    path = Path(os.path.realpath(folder / name))  # follows links, so that none leads out
+    if not path.is_relative_to(folder):
+        raise ValueError(f"image path {name!r} leads out of the data folder")
+    if not path.is_file():
+        raise ValueError(f"image file {name!r} does not exist")
+    return path.read_bytes()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

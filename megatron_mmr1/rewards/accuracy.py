@@ -66,12 +66,15 @@ _ASSIGNED = re.compile(r"[a-zA-Z](?:_\w+|_\{\w+\})?\s*=\s*(?=[^=]+$)")
 _SEVERAL = re.compile(r"(?<=[0-9]) (?=[0-9])|[,;=…]|\.\.\.|\\(?:[lc]?dots|pm|mp|lor|vee)")
 
 
-class _Quantity(NamedTuple):
+class Quantity(NamedTuple):
+    """A plain number with an optional unit; a percent sign is the unit "%"."""
+
     number: Fraction  # as written: 50 for "50%"
     unit: str | None
 
     @property
     def value(self) -> Fraction:
+        """What it denotes: 1/2 for "50%"."""
         return self.number / 100 if self.unit == "%" else self.number
 
 
@@ -100,7 +103,7 @@ def judge_quickly(response: str, gold: str) -> tuple[Outcome, str] | None:
     boxed = extract_answer(response)
     if boxed is None:
         return "wrong", "no boxed answer"
-    answer, gold = _clean(boxed), _clean(gold)
+    answer, gold = clean(boxed), clean(gold)
     if not gold:
         return "could_not_judge", "empty gold"
     if answer == gold:
@@ -108,7 +111,7 @@ def judge_quickly(response: str, gold: str) -> tuple[Outcome, str] | None:
     if not answer:
         return "wrong", "empty box"
 
-    gold_quantity, quantity = _quantity(gold), _quantity(_without_name(answer, gold))
+    gold_quantity, quantity = read_quantity(gold), read_quantity(_without_name(answer, gold))
     if gold_quantity and quantity:
         return _compare(quantity, gold_quantity)
     if _TEXT_GOLD.fullmatch(gold) and not gold_quantity:
@@ -121,8 +124,8 @@ def judge_quickly(response: str, gold: str) -> tuple[Outcome, str] | None:
 
 def judge_mathematics(response: str, gold: str) -> tuple[Outcome, str]:
     """Return the (outcome, reason) of rule 5, for what `judge_quickly` left; may never end."""
-    gold = _clean(gold)
-    answer = _without_name(_clean(extract_answer(response) or ""), gold)
+    gold = clean(gold)
+    answer = _without_name(clean(extract_answer(response) or ""), gold)
     gold_value = _parse(gold)
     if gold_value is None:
         return "could_not_judge", "gold is not mathematics"
@@ -152,7 +155,7 @@ def _refuse(answer: str, gold: str) -> tuple[Outcome, str] | None:
     return None
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Undo LaTeX's wrapping and spacing, which never carry a value."""
     text = text.replace("\\$", "").strip().removesuffix(".").strip("$ \n\t")
     text = re.sub(r"(?<=[0-9])\\,([0-9]{3})(?![0-9])", r"\1", text)  # 1\,234 is 1234
@@ -172,7 +175,7 @@ def _as_text(text: str) -> str:
     return text.casefold().strip(" ().")
 
 
-def _quantity(text: str) -> _Quantity | None:
+def read_quantity(text: str) -> Quantity | None:
     """Read a plain number with an optional unit or percent sign; None for anything else."""
     match = _QUANTITY.fullmatch(text)
     if match is None or len(match["number"]) > 1000:  # int() refuses 4300 digits
@@ -180,10 +183,10 @@ def _quantity(text: str) -> _Quantity | None:
     unit = match["percent"]
     if name := match["long"] or match["short"]:
         unit = _UNITS[name] + (match["power"] or "").strip("^{}")
-    return _Quantity(Fraction(match["number"].replace(",", "")), unit)
+    return Quantity(Fraction(match["number"].replace(",", "")), unit)
 
 
-def _compare(answer: _Quantity, gold: _Quantity) -> tuple[Outcome, str]:
+def _compare(answer: Quantity, gold: Quantity) -> tuple[Outcome, str]:
     if answer.unit and gold.unit and answer.unit != gold.unit:
         return "wrong", "another unit"
     is_percent_ignored = gold.unit is None and answer.number == gold.number
@@ -202,7 +205,7 @@ def _parse(text: str) -> Any:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
     )
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
-    quantity = _quantity(text)
+    quantity = read_quantity(text)
     if quantity and quantity.unit:  # two quantities were compared before, units and all
         text = str(quantity.value)
     if "$" in text or _WORDS.search(_COMMAND.sub(" ", text)):
