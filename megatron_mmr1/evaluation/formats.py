@@ -231,6 +231,8 @@ def _tsv_cells(lines: Iterable[list[str]], path: Path) -> Iterator[dict[str, str
         except csv.Error as error:
             yield Unreadable(f"not a TSV from here on: {error}")
             return
+        if not cells:  # a blank line
+            continue
         if len(cells) != len(columns):
             yield Unreadable(f"{len(cells)} cells for {len(columns)} columns", cells[0][:80])
         elif any(not cell.isascii() and _has_surrogates(cell) for cell in cells):

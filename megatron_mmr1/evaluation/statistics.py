@@ -175,11 +175,11 @@ def _interval(
 
 
 def _sign_flip_p_value(difference_C: Sequence[int], seed: int) -> float:
-    """Exact where the non-zero differences are few, or all of size 1; else random flips."""
+    """Exact where all non-zero differences are of one size, or few; else random flips."""
     moved = np.asarray([d for d in difference_C if d], float)
     if not moved.size:
         return 1.0
-    if (abs(moved) == 1).all():
+    if len(set(abs(moved))) == 1:
         return float(stats.binomtest(int((moved > 0).sum()), moved.size, 0.5).pvalue)
     result = stats.permutation_test(
         (moved,),

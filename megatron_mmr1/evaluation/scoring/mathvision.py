@@ -6,9 +6,10 @@ answer is judged as the reward is; a gold that the verifier can't read is unscor
 Compat: the benchmark's own `is_equal`, which lmms-eval runs too: lower case; only what follows the
 last "=" or `\approx` counts; degrees, percent signs, "units", "km" and "m^3" are dropped; equal as
 strings to the letter or to the option's text, or equal as numbers rounded to 2 decimals (1/3 is
-0.33, 2.004 is 2); what can't be computed is wrong. It passes LaTeX through Python's `eval`; here
-sympy computes. VLMEvalKit differs: numbers must agree within 1e-6, and an option's text goes
-through the kit's guess of a letter.
+0.33, 2.004 is 2); what can't be computed is wrong. It passes LaTeX through latex2sympy2 and
+Python's `eval`; here latex2sympy2_extended and sympy compute, which may read some rare LaTeX
+differently. VLMEvalKit differs: numbers must agree within 1e-6, and an option's text goes through
+the kit's guess of a letter.
 """
 
 from __future__ import annotations
