@@ -873,6 +873,8 @@ def test_clusters_weaken_a_comparison():
 def test_runs_without_a_common_question_are_refused():
     with pytest.raises(ValueError, match="scored in both"):
         compare(run("r"), run("u"), "strict")
+    with pytest.raises(ValueError, match="answered twice"):
+        compare(run("r"), run("r") + run("w"), "strict")
 
 
 # --- Writers. ------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def compare(
     """Compare two runs question by question.
 
     Raises:
-        ValueError: no question is scored in both.
+        ValueError: no question is scored in both, or one is answered twice in a run.
     """
     before, after = _correct_by_id(first, rule), _correct_by_id(second, rule)
     cluster_of = {item.question.question_id: item.question.cluster for item in first}
@@ -200,6 +200,8 @@ def _outcome(item: Answered, rule: Rule) -> Outcome:
 
 def _correct_by_id(answered: Sequence[Answered], rule: Rule) -> dict[str, bool]:
     outcomes = {item.question.question_id: _outcome(item, rule) for item in answered}
+    if len(outcomes) < len(answered):
+        raise ValueError("a question is answered twice in a run; compare one response a question")
     return {
         name: outcome == "correct" for name, outcome in outcomes.items() if outcome != "unscored"
     }
