@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class ImageFiles:
     """
 
     def __init__(self, root: Path | None) -> None:
-        self._root = root.resolve() if root else None
+        self._root = root
 
     def read(self, images: Any) -> list[bytes]:
         """Return the encoded files of a record's images.
@@ -41,19 +42,26 @@ class ImageFiles:
         if isinstance(data, bytes):
             return data
         if data is None and isinstance(path, str) and path:
-            return self._read_file(path)
+            if self._root is None:
+                raise ValueError(f"image path {path!r}: this source has no folder of images")
+            return read_below(self._root, path)
         raise ValueError("an image has neither bytes nor path")
 
-    def _read_file(self, name: str) -> bytes:
-        if self._root is None:
-            raise ValueError(f"image path {name!r}: this source has no folder of images")
-        if "\0" in name:
-            raise ValueError("an image path holds a NUL character")
-        path = (self._root / name).resolve()  # follows links, so that none leads out
-        if not path.is_relative_to(self._root):
-            raise ValueError(f"image path {name!r} leads out of the data folder")
-        if not path.is_file():
-            raise ValueError(f"image file {name!r} does not exist")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"image file {name!r} has more than {MAX_FILE_BYTES} bytes")
-        return path.read_bytes()
+
+def read_below(folder: Path, name: str) -> bytes:
+    """Read the file `name`, a path relative to `folder` that stays below it.
+
+    Raises:
+        ValueError: it leads out of the folder, also by a link, is no file, or is too large.
+    """
+    if "\0" in name:
+        raise ValueError("an image path holds a NUL character")
+    folder = folder.resolve()
+    path = Path(os.path.realpath(folder / name))  # follows links, so that none leads out
+    if not path.is_relative_to(folder):
+        raise ValueError(f"image path {name!r} leads out of the data folder")
+    if not path.is_file():
+        raise ValueError(f"image file {name!r} does not exist")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"image file {name!r} has more than {MAX_FILE_BYTES} bytes")
+    return path.read_bytes()

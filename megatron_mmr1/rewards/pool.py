@@ -55,11 +55,13 @@ class _WorkerProcess(SpawnProcess):
                 main.__spec__ = spec
 
 
-class _WorkerContext(SpawnContext):
+class WorkerContext(SpawnContext):
+    """How verifier workers start: spawned, without the parent's `__main__`."""
+
     Process = _WorkerProcess
 
 
-def _prepare_worker(memory_bytes: int) -> None:
+def prepare_worker(memory_bytes: int) -> None:
     """In a new worker: import math-verify before any deadline, cap memory, die when told to."""
     import logging
     import resource
@@ -190,9 +192,9 @@ class VerifierPool:
         if self._pool is None:
             self._pool = ProcessPool(
                 max_workers=self._config.num_workers,
-                initializer=_prepare_worker,
+                initializer=prepare_worker,
                 initargs=(WORKER_MEMORY_BYTES,),
-                context=_WorkerContext(),
+                context=WorkerContext(),
             )
         judgement.pool = self._pool
         judgement.future = self._pool.schedule(
