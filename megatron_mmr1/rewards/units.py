@@ -50,6 +50,7 @@ mW|milliwatt milliwatts
 kW|kilowatt kilowatts
 MW|megawatt megawatts
 V|volt volts
+C|coulomb coulombs
 A|amp amps ampere amperes
 mA|milliampere milliamperes
 Ω|ohm ohms
@@ -168,7 +169,8 @@ _FRACTION_OF_UNITS = re.compile(
     rf"\\frac\{{{WORD_OPEN}([^{WORD_CLOSE}]*){WORD_CLOSE}\}}\{{{WORD_OPEN}([^{WORD_CLOSE}]*){WORD_CLOSE}\}}$"
 )
 _WORDS_AT_END = re.compile(
-    rf"(?:{WORD_OPEN}[^{WORD_OPEN}{WORD_CLOSE}]*{WORD_CLOSE}\s*(?:\^\{{?-?[0-9]+\}}?)?\s*[/*]?\s*)+"
+    rf"(?:(?:\\mu\s*)?{WORD_OPEN}[^{WORD_OPEN}{WORD_CLOSE}]*{WORD_CLOSE}"
+    r"\s*(?:\^\{?-?[0-9]+\}?)?\s*[/*]?\s*)+$"
 )
 _FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _ANY_WORD = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]{2,})?")
@@ -233,14 +235,15 @@ def split_unit(text: str) -> tuple[str, str]:
         return text[: match.start()].strip(), match.group()
     if match := _FRACTION_OF_UNITS.search(text):
         return text[: match.start()].strip(), f"{match.group(1)}/{match.group(2)}"
-    at = text.find(WORD_OPEN)
-    if at > 0 and _WORDS_AT_END.fullmatch(text[at:]):
-        return text[:at].strip(), text[at:]
+    if (match := _WORDS_AT_END.search(text)) and match.start() > 0:
+        return text[: match.start()].strip(), match.group()
     if text.endswith("%") and len(text) > 1:
         return text[:-1].strip(), "%"
     match = re.match(r"(.*?[0-9})])(\s*(?:[^\W\d_]|[μΩ°€£]|\\Omega|\\mu).*)$", text)
     if match and WORD_CLOSE not in match.group(1):
         head, tail = match.groups()
+        if head.count("{") != head.count("}"):
+            return text, ""
         long_enough = tail[0] == " " or len(re.sub(r"[^A-Za-z]", "", tail)) != 1
         if long_enough and (read_unit(tail) or (tail[0] == " " and is_counted_thing(tail))):
             return head.strip(), tail.strip()
