@@ -50,6 +50,12 @@ _ASSIGNED = re.compile(r"[a-zA-Z](?:_\w+|_\{\w+\})?\s*=\s*(?=[^=<>]+$)")
 _RELATION = re.compile(r"<=|>=|!=|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|<|>|=")
 _ONE_RELATION = {"<=": r"\le", ">=": r"\ge", "!=": r"\ne"}
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+# What math-verify can't read, or reads too kindly: statements of geometry, reactions, ions, number
+# bases, sets by a condition. Compared as they are written.
+_NOTATION = re.compile(
+    r"\\(?:cong|parallel|perp|sim|rightarrow|triangle|angle|mid)(?![a-z])"
+    r"|[A-Z][a-z]?\^\{?[0-9]*[+-]\}?$|^[0-9A-F]+_\{?[0-9]+\}?$|^\\?\{\s*[a-z]\s*:"
+)
 _JOINT = re.compile(r"\band\b|\bor\b")
 _MATRIX = re.compile(r"\\begin\{([a-z]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 
@@ -115,16 +121,20 @@ def _judge_choice(answer: str, gold: str) -> Judgement | None:
     if letters := choices.gold_letters(gold):
         is_equal = choices.answer_letters(answer) == letters
         return ("correct", "equal letters") if is_equal else ("wrong", "different letters")
+    if (letters := choices.run_of_letters(gold)) and (mine := choices.answer_letters(answer)):
+        return ("correct", "equal letters") if mine == letters else ("wrong", "different letters")
     option = choices.gold_option(gold)
     if option is None:
         return None
     if (letter := choices.answer_letter(answer)) is not None:
         is_equal = letter == option.letter
         return ("correct", "equal letter") if is_equal else ("wrong", "different letter")
+    both = choices.answer_option(answer)
     if not option.text:
-        return "wrong", "not the letter"
+        is_equal = both and both.letter == option.letter and not choices.has_other_letter(both.text)
+        return ("correct", "equal letter") if is_equal else ("wrong", "not the letter")
     text = answer
-    if both := choices.answer_option(answer):
+    if both:
         if both.letter != option.letter:
             return "wrong", "different letter"
         text = normal_form(both.text)
@@ -151,6 +161,9 @@ def _judge_quantity(answer: str, gold: str) -> Judgement | None:
             return _compare_numbers(number, unit, gold_number, gold_unit)
     if unit and gold_unit and unit != gold_unit:
         return "wrong", "another unit"
+    if _NOTATION.search(gold):
+        is_equal = _without_spaces(answer) == _without_spaces(gold)
+        return ("correct", "equal notation") if is_equal else ("wrong", "different notation")
     if _is_text(gold):
         is_equal = _as_text(answer) == _as_text(gold)
         return ("correct", "equal text") if is_equal else ("wrong", "different text")
@@ -195,12 +208,17 @@ def _is_text(gold: str) -> bool:
     plain = _COMMAND.sub(" ", words(gold))
     if re.search(r"[\\^_{}=<>]", words(gold).replace(r"^\circ", "")):
         return False
-    is_foreign = any(c.isalpha() and ord(c) > 0x2FF and not 0x3B1 <= ord(c) <= 0x3C9 for c in plain)
+    is_foreign = any(c.isalpha() and ord(c) > 0xBF and not 0x3B1 <= ord(c) <= 0x3C9 for c in plain)
     return (
         is_foreign
         or bool(re.search(r"[^\W\d_]{3,}|\b(?:or|to|is|no)\b", plain))
         or (bool(re.fullmatch(r"[A-Za-z() '-]+", plain)))
     )
+
+
+def _without_spaces(text: str) -> str:
+    plain = re.sub(r"\{([0-9]+[+-]?|[+-])\}", r"\1", words(text))
+    return re.sub(r"\\mid(?![a-z])", ":", re.sub(r"\s", "", plain))
 
 
 def _as_text(text: str) -> str:

@@ -9,7 +9,8 @@ from megatron_mmr1.rewards.text import words
 
 _GOLD = re.compile(r"(?:\((?P<a>[A-J])\)|(?P<b>[A-J])[.:)])\s*(?P<text>.+)", re.DOTALL)
 _LETTER = re.compile(
-    r"(?:option|choice|answer)?\s*[(\[]?\s*([A-Ja-j])\s*[)\]]?\s*[.:)]?", re.IGNORECASE
+    r"(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)?(?:\s+is)?\s*:?\s*[(\[]?\s*([A-Ja-j])\s*[)\]]?\s*[.:)]?",
+    re.IGNORECASE,
 )
 _LETTER_AND_TEXT = re.compile(
     r"(?:option|choice)?\s*(?:\(\s*(?P<a>[A-J])\s*\)|(?P<b>[A-J])\s*[.:)])\s*(?P<text>.+)",
@@ -42,6 +43,18 @@ def gold_letters(gold: str) -> frozenset[str] | None:
     """Read a gold of several letters, "A, C"; None if it is none."""
     plain = words(gold)
     return frozenset(re.findall("[A-J]", plain)) if _LETTERS.fullmatch(plain) else None
+
+
+def run_of_letters(gold: str) -> frozenset[str] | None:
+    """Read a gold such as "ACD": letters if the answer lists letters, else any text."""
+    plain = words(gold)
+    is_run = re.fullmatch("[A-J]{2,6}", plain) and list(plain) == sorted(set(plain))
+    return frozenset(plain) if is_run else None
+
+
+def has_other_letter(text: str) -> bool:
+    """Whether an option's text names an option itself, or hedges."""
+    return bool(re.search(r"\([A-Ja-j]\)|\b(?:or|and|not)\b|^[A-J]\W*$", text))
 
 
 def answer_letters(answer: str) -> frozenset[str] | None:
