@@ -126,7 +126,7 @@ def score_if_due(step: int, config: GrpoConfig, parts: Parts, sampling: Sampling
             )
             progress.update(number, {})
     parts.sampler.observe_scoring(step, GroupStats.of_rows(np.concatenate(rows)))
-    return num_scoring_responses(step, config, parts)
+    return len(indices) * config.sampler.scoring_rollouts
 
 
 def generate_and_judge(

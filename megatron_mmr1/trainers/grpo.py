@@ -82,10 +82,10 @@ def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
 
 def _is_over(step: int, num_responses: int, config: GrpoConfig, parts: Parts) -> bool:
     """Whether `step` was the last one: no other is wanted, or the budget has none left."""
-    if step == config.num_steps:
-        return True
+    if step == config.num_steps or config.max_responses == 0:
+        return step == config.num_steps
     needed = num_scoring_responses(step + 1, config, parts) + batch_responses(config)
-    is_over = 0 < config.max_responses < num_responses + needed
+    is_over = config.max_responses < num_responses + needed
     if is_over and step == 0:
         raise ValueError(
             f"max_responses={config.max_responses} has no room for one step, which takes {needed} "
@@ -116,8 +116,7 @@ def _step(
     sums = group_sums([*collected.groups, *collected.discarded])
     metrics |= group_metrics(sums, timers.seconds("rollout")) | collected.metrics()
     metrics["rollout/scoring_responses"] = float(num_scoring)
-    num_generated = sum(len(g.scores) for g in (*collected.groups, *collected.discarded))
-    metrics["rollout/responses_total"] = float(num_responses + num_scoring + num_generated)
+    metrics["rollout/responses_total"] = num_responses + num_scoring + metrics["rollout/responses"]
     return collected, metrics | parts.sampler.metrics()
 
 
