@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from published import PUBLISHED
 
 from megatron_mmr1 import cli
 from megatron_mmr1.config.layout import (
@@ -75,18 +76,67 @@ def message_of(function: Callable[..., Any], *arguments: Any) -> str:
     return str(caught.value)
 
 
+def model_of(experiment: str, files: Path) -> tuple[Path, int]:
+    """The folder of the model that an experiment is for, by its published sizes; and the ranks."""
+    size = re.fullmatch(r"mmr1_(\d+b)_\w+_(\d+)xh100", experiment)
+    if size is None:
+        return files / "model", 1
+    folder = files / size[1]
+    if not folder.exists():
+        shutil.copytree(files / "model", folder)
+        config = PUBLISHED[f"Qwen2.5-VL-{size[1].upper()}"].config
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder, int(size[2])
+
+
 @pytest.mark.parametrize("name", cli.experiments("experiment"))
 def test_every_grpo_experiment_composes_and_is_valid(files: Path, name: str):
-    config = grpo(files, f"experiment={name}")
+    model, world_size = model_of(name, files)
+    config = grpo(files, f"experiment={name}", f"model.path={model}")
     assert config.experiment == name
-    validate(config, world_size=1)
+    validate(config, world_size)
 
 
 @pytest.mark.parametrize("name", cli.experiments("sft_experiment"))
 def test_every_cold_start_composes_and_is_valid(files: Path, name: str):
-    config = sft(files, f"experiment={name}")
+    model, world_size = model_of(name, files)
+    config = sft(files, f"experiment={name}", f"model.path={model}")
     assert config.experiment == name
-    validate_sft(config, world_size=1)
+    validate_sft(config, world_size)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "32b"])
+def test_mmr1s_experiments_have_the_papers_values(files: Path, size: str):
+    """Tables 5 and 6; and the other two sources of the sampler's settings."""
+    cold = sft(files, f"experiment=mmr1_{size}_sft_8xh100")
+    assert (cold.num_epochs, cold.global_batch_size) == (3, 32)
+    assert cold.max_tokens_per_microbatch == 16384
+    optimizer = cold.optimizer
+    assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio) == (1e-5, "cosine", 0.1)
+    assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0, 1)
+    name = f"experiment=mmr1_{size}_vas_8xh100"
+    config = grpo(files, name)
+    rollout, data, algorithm = config.rollout, config.data, config.algorithm
+    assert (config.prompts_per_step, rollout.group_size, rollout.temperature) == (512, 8, 0.6)
+    assert (data.max_prompt_tokens, rollout.max_response_tokens) == (2048, 4096)
+    assert (data.min_pixels, data.max_pixels) == (7056, 1048576)
+    assert (algorithm.kl_coefficient, algorithm.clip_low, algorithm.clip_high) == (0.01, 0.2, 0.2)
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.01)
+    assert (config.reward.format_weight, config.reward.accuracy_weight) == (1, 1)
+    assert (config.model.dtype, cold.model.dtype) == ("bfloat16", "bfloat16")
+    found = {
+        (s.preset, s.scoring_rollouts, s.update_every, s.alpha, s.beta, s.mixture_ratio)
+        for s in (
+            config.sampler,
+            grpo(files, name, "sampler=paper_section_6_1").sampler,
+            grpo(files, name, "sampler=released_code").sampler,
+        )
+    }
+    assert found == {
+        ("paper_table_6", 16, 56, 0.8, 0.2, 0.5),
+        ("paper_section_6_1", 32, 35, 0.8, 0.2, 0.5),
+        ("released_code", 8, 4, 1.0, 0.0, 0.5),
+    }
 
 
 def test_the_evaluation_composes_and_is_valid_greedily_too(files: Path):

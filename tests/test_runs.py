@@ -5,12 +5,8 @@ ones run two at a time.
 """
 
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import relative_difference
+from processes import LIMIT_S, Finished, Process
 from safetensors.torch import load_file
 
 from megatron_mmr1.data.digits import build_digits
@@ -30,54 +27,7 @@ from megatron_mmr1.observability.rollouts import read_rollouts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_STEPS = 4
-LIMIT_S = 300
-_OF_A_PROCESS_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass
-class Finished:
-    """A process that has ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-    def succeeded(self) -> "Finished":
-        assert self.returncode == 0, f"{self.stdout[-2000:]}\n{self.stderr[-4000:]}"
-        return self
-
-
-class Process:
-    """A started command with its children, in a process group of its own; output goes to files."""
-
-    def __init__(self, log: Path, *command: str, **environment: str) -> None:
-        self._paths = log.with_suffix(".out"), log.with_suffix(".err")
-        inherited = {k: v for k, v in os.environ.items() if k not in _OF_A_PROCESS_GROUP}
-        with self._paths[0].open("w") as out, self._paths[1].open("w") as err:
-            self._popen = subprocess.Popen(
-                [sys.executable, *command],
-                stdout=out,
-                stderr=err,
-                cwd=REPOSITORY,
-                env=inherited | environment,
-                start_new_session=True,
-            )
-
-    def is_running(self) -> bool:
-        return self._popen.poll() is None
-
-    def kill(self) -> None:
-        os.killpg(self._popen.pid, signal.SIGKILL)
-        self._popen.wait()
-
-    def wait(self) -> Finished:
-        try:
-            self._popen.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        return Finished(self._popen.returncode, *(path.read_text() for path in self._paths))
 
 
 @dataclass(frozen=True)
