@@ -27,6 +27,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from megatron_mmr1.data.loader import PromptView
     from megatron_mmr1.data.processor import PromptProcessor
     from megatron_mmr1.evaluation import accuracy
     from megatron_mmr1.evaluation.benchmarks import BENCHMARKS
@@ -39,14 +40,14 @@ def main() -> None:
     dataset = BENCHMARKS[config.benchmark](config.data, processor)
     for row in dataset.bad_rows:
         print(f"bad row {row.row_id!r} set aside: {row.reason}", file=sys.stderr)
-    prompts = [dataset[i] for i in range(len(dataset))]
+    prompts = PromptView.of(dataset, range(len(dataset)))
     rollout = config.rollout
     engine = VllmEngine(
         config.model,
         config.dtype,
         rollout,
         processor.banned_token_ids,
-        max(len(p.token_ids) for p in prompts),
+        max(size.num_prompt_tokens for size in dataset.sizes),
     )
     sampling = Sampling(
         config.samples_per_prompt,

@@ -53,6 +53,15 @@ class Prompt:
         """Names a GRPO group within a step."""
         return self.prompt_id, self.occurrence
 
+    def without_images(self) -> Prompt:
+        """Return it without pixels and image files, which are large and can be read again."""
+        return replace(self, pixel_values=None, images=())
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Memory of its pixels."""
+        return 0 if self.pixel_values is None else self.pixel_values.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:

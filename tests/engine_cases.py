@@ -1,6 +1,7 @@
 """`python engine_cases.py NAME FOLDER`: a tiny model, its engine and its policy in one process."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mmr1 import device
@@ -39,7 +40,9 @@ def main(name: str, folder: Path) -> None:
     sampling = Sampling(group_size=4, temperature=1.0, max_response_tokens=16, seed=0, step=0)
 
     def largest_and_mean() -> tuple[float, float]:
-        samples = samples_of(list(engine.generate(prompts, sampling)))
+        with_pixels = {prompt.key: prompt for prompt in prompts}
+        groups = engine.generate(prompts, sampling)
+        samples = samples_of([replace(g, prompt=with_pixels[g.prompt.key]) for g in groups])
         step = ours.build_step(policy, samples, Packing.at(ParallelConfig(), 1024), processor)
         rule = SoftmaxRule(1.0, processor.banned_token_ids)
         found = ours.of_samples(step, policy.logprobs(step, rule))

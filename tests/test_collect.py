@@ -39,6 +39,9 @@ pytestmark = pytest.mark.usefixtures("process_group")
 class Prompts:
     """A data set of prompts that are nothing but an id."""
 
+    def __init__(self) -> None:
+        self.prompt_ids = [f"p{row}" for row in range(NUM_PROMPTS)]
+
     def __len__(self) -> int:
         return NUM_PROMPTS
 

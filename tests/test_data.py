@@ -442,7 +442,9 @@ def test_the_loader_draws_no_batch_ahead_and_leaves_the_global_generator_alone(
 
     state = torch.get_rng_state()
     loader = iter(build_loader(prompts, draws()))
-    first = next(loader)
+    view = next(loader)
+    assert view.keys == [(prompts.prompt_ids[i], 0) for i in (3, 1)] and view.indices == [3, 1]
+    first = list(view)
     assert drawn == [[(3, 0), (1, 0)]]
     assert [prompt.prompt_id for prompt in first] == [prompts.prompt_ids[i] for i in (3, 1)]
     again, same, third = next(loader)

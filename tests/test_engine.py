@@ -51,10 +51,11 @@ def prompts(tiny_processor: PromptProcessor) -> list[Prompt]:
 def generate(
     engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling = SAMPLING
 ) -> list[RolloutGroup]:
-    """The groups in the order of the prompts."""
+    """The groups in the order of the prompts, which they get back with their pixels."""
     groups = {group.prompt.prompt_id: group for group in engine.generate(prompts, sampling)}
     assert len(groups) == len(prompts)
-    return [groups[prompt.prompt_id] for prompt in prompts]
+    assert all(g.prompt.pixel_values is None and not g.prompt.images for g in groups.values())
+    return [replace(groups[prompt.prompt_id], prompt=prompt) for prompt in prompts]
 
 
 def differences(
@@ -95,6 +96,34 @@ def test_engine_and_trainer_give_the_same_logprobs(
     # Negative controls: a trainer with another temperature, and one that forgets the bans.
     assert differences(policy, tiny_processor, groups, 1.6 - temperature).mean() > 0.01
     assert differences(policy, tiny_processor, groups, temperature, ()).mean() > 0.01
+
+
+def test_prompts_wait_until_there_is_room_for_their_pixels(
+    engine: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+):
+    """Never more pixels in the engine than the budget and one prompt, and every prompt is served.
+    Negative control: without a budget, all of them at once.
+    """
+    largest = max(prompt.pixel_bytes for prompt in prompts)
+
+    def most_at_once(budget: int) -> int:
+        monkeypatch.setattr(engine, "_pixel_bytes", budget)
+        inside: dict[str, int] = {}
+        most = 0
+
+        def upcoming():
+            nonlocal most
+            for number, prompt in enumerate(prompts * 2):
+                inside[str(number)] = prompt.pixel_bytes
+                most = max(most, sum(inside.values()))
+                yield replace(prompt, prompt_id=str(number))
+
+        done = [inside.pop(g.prompt.prompt_id) for g in engine.generate(upcoming(), SAMPLING)]
+        assert len(done) == 2 * len(prompts) and not inside
+        return most
+
+    assert most_at_once(largest) <= 2 * largest
+    assert most_at_once(1 << 40) == 2 * sum(prompt.pixel_bytes for prompt in prompts)
 
 
 def test_banned_tokens_are_never_sampled(

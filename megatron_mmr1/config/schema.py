@@ -124,6 +124,7 @@ class EngineConfig:
     max_response_tokens: int = MISSING
     max_images_per_prompt: int = 1
     kv_cache_bytes: int = 256 << 20
+    pixel_bytes: int = 2 << 30  # of prompts in the engine; more wait without theirs
 
 
 @dataclass

@@ -401,6 +401,7 @@ def _check_engine(config: EngineConfig) -> None:
     _at_least("rollout.max_response_tokens", config.max_response_tokens, 1)
     _at_least("rollout.max_images_per_prompt", config.max_images_per_prompt, 0)
     _at_least("rollout.kv_cache_bytes", config.kv_cache_bytes, 1)
+    _at_least("rollout.pixel_bytes", config.pixel_bytes, 1)
 
 
 def _check_reward(config: RewardConfig) -> None:

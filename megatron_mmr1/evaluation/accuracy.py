@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_mmr1.data.loader import PromptView
 from megatron_mmr1.rewards import VerifierPool
 from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
-from megatron_mmr1.types import Outcome, Prompt, ScoredGroup
+from megatron_mmr1.types import Outcome, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Judged:
 
 
 def generate_and_judge(
-    engine: RolloutEngine, verifier: VerifierPool, prompts: Sequence[Prompt], sampling: Sampling
+    engine: RolloutEngine, verifier: VerifierPool, prompts: PromptView, sampling: Sampling
 ) -> list[ScoredGroup]:
     """Sample responses to every prompt and score them;
     verdicts are made while generation goes on.
@@ -27,7 +28,7 @@ def generate_and_judge(
     for group in engine.generate(prompts, sampling):
         verifier.submit(group)
     by_key = {scored.group.prompt.key: scored for scored in verifier.results()}
-    return [by_key[prompt.key] for prompt in prompts]
+    return [by_key[key] for key in prompts.keys]
 
 
 def judged(groups: Sequence[ScoredGroup]) -> list[Judged]:

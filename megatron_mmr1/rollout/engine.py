@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +37,11 @@ class RolloutEngine(Protocol):
 
     weight_version: int
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
-        """Yield one finished group a prompt, as they finish (not in the order of the prompts)."""
+    def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
+        """Yield one finished group a prompt, as they finish (not in the order of the prompts).
+
+        Prompts are taken as there is room for their pixels; a group's has none.
+        """
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -4,7 +4,7 @@ losses and kernels on equal data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class ReplayEngine:
         self._read_step = read_step
         self.weight_version = 0
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
+    def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yield the recorded group of every prompt.
 
         Raises:
@@ -51,7 +51,7 @@ class ReplayEngine:
                 )
                 for r in row["rollouts"]
             )
-            yield RolloutGroup(prompt, rollouts, self.weight_version)
+            yield RolloutGroup(prompt.without_images(), rollouts, self.weight_version)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Note the version; recorded rollouts need no weights."""

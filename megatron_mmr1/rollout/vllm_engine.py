@@ -104,27 +104,41 @@ class VllmEngine:
                 use_tqdm_on_load=False,
             )
         self._num_requests = 0
+        self._pixel_bytes = config.pixel_bytes
         self.weight_version = 0
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
+    def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yield one finished group a prompt, as they finish; see RolloutEngine.
 
         The prefix cache starts empty, so that the result depends on the arguments and the weights
         alone.
         """
         self._llm.reset_prefix_cache()
-        waiting: dict[str, Prompt] = {}
-        for prompt in prompts:
-            self._num_requests += 1
-            request_id = str(self._num_requests)
-            self._llm.llm_engine.add_request(
-                request_id, self._engine_input(prompt), _sampling_params(sampling, prompt)
-            )
-            waiting[request_id] = prompt
-        while waiting:
-            for output in self._llm.llm_engine.step():
+        upcoming = iter(prompts)
+        waiting: dict[str, tuple[Prompt, int]] = {}
+        held_bytes, is_more = 0, True
+        while waiting or is_more:
+            while is_more and held_bytes < self._pixel_bytes:
+                prompt = next(upcoming, None)
+                if prompt is None:
+                    is_more = False
+                    break
+                request_id = self._add(prompt, sampling)
+                waiting[request_id] = prompt.without_images(), prompt.pixel_bytes
+                held_bytes += prompt.pixel_bytes
+            for output in self._llm.llm_engine.step() if waiting else ():
                 assert isinstance(output, RequestOutput) and output.finished
-                yield self._group(waiting.pop(output.request_id), output)
+                prompt, num_bytes = waiting.pop(output.request_id)
+                held_bytes -= num_bytes
+                yield self._group(prompt, output)
+
+    def _add(self, prompt: Prompt, sampling: Sampling) -> str:
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        self._llm.llm_engine.add_request(
+            request_id, self._engine_input(prompt), _sampling_params(sampling, prompt)
+        )
+        return request_id
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load weights under their Hugging Face names and drop the prefix,

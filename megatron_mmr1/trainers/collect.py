@@ -5,7 +5,6 @@ the sampler asks for it, rollouts that are made only to score prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import batched
 
@@ -13,13 +12,14 @@ import numpy as np
 
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.config.schema import GrpoConfig
+from megatron_mmr1.data.loader import PromptView
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.rollout.engine import Sampling
 from megatron_mmr1.sampling.base import refill_size
 from megatron_mmr1.sampling.statistics import GroupStats
 from megatron_mmr1.trainers.exchange import all_groups, all_stats
 from megatron_mmr1.trainers.setup import Parts
-from megatron_mmr1.types import Prompt, ScoredGroup
+from megatron_mmr1.types import ScoredGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def score_if_due(step: int, config: GrpoConfig, parts: Parts, sampling: Sampling
     ) as progress:
         for number, chunk in enumerate(chunks, 1):
             mine = chunk[parts.place.index :: parts.place.num_engines]
-            prompts = [parts.train_set[index] for index in mine]
+            prompts = PromptView.of(parts.train_set, mine)
             groups = _generate(prompts, sampling, parts, "scoring")
             rows.append(
                 all_stats(parts.statistician.collect(groups, mine), len(chunk), parts.place)
@@ -130,7 +130,7 @@ def score_if_due(step: int, config: GrpoConfig, parts: Parts, sampling: Sampling
 
 
 def generate_and_judge(
-    prompts: Sequence[Prompt], sampling: Sampling, num_prompts: int, parts: Parts
+    prompts: PromptView, sampling: Sampling, num_prompts: int, parts: Parts
 ) -> tuple[list[ScoredGroup], GroupStats]:
     """Generate this engine's share of a draw; return all engines' groups and statistics.
 
@@ -138,9 +138,10 @@ def generate_and_judge(
         num_prompts: of the whole draw.
     """
     mine = _generate(prompts, sampling, parts, "rollout")
-    indices = [parts.train_set.index_of(prompt.prompt_id) for prompt in prompts]
     with parts.timers.phase("exchange"):
-        rows = all_stats(parts.statistician.collect(mine, indices), num_prompts, parts.place)
+        rows = all_stats(
+            parts.statistician.collect(mine, prompts.indices), num_prompts, parts.place
+        )
         return all_groups(mine, parts.place), GroupStats.of_rows(rows)
 
 
@@ -151,7 +152,7 @@ def has_variance(group: ScoredGroup) -> bool:
 
 
 def _generate(
-    prompts: Sequence[Prompt], sampling: Sampling, parts: Parts, phase: str
+    prompts: PromptView, sampling: Sampling, parts: Parts, phase: str
 ) -> list[ScoredGroup]:
     """Generate and judge; verdicts and diversities are made while others are generated.
 
@@ -165,4 +166,4 @@ def _generate(
             parts.statistician.submit(group)
     with parts.timers.phase("reward"):
         by_key = {scored.group.prompt.key: scored for scored in parts.verifier.results()}
-    return [by_key[prompt.key] for prompt in prompts]
+    return [by_key[key] for key in prompts.keys]

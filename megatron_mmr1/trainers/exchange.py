@@ -1,14 +1,14 @@
 """Groups between the engines that make them and the ranks that train on them.
 
 Every engine generates for its share of a draw; every rank then learns of all groups and of their
-statistics, so that all of them make the same plan and the same draws. Pixels and image files stay
-where they are: a rank reads those of the prompts that it trains on from its own data set.
+statistics, so that all of them make the same plan and the same draws. Groups have no pixels and no
+image files: a rank reads those of the prompts that it trains on from its own data set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
@@ -45,12 +45,7 @@ def all_groups(mine: Sequence[ScoredGroup], place: EnginePlace) -> list[ScoredGr
     Args:
         mine: this engine's groups, in the order of its share (sampling.EngineShare).
     """
-    bare = [
-        replace(g, group=replace(g.group, prompt=replace(g.group.prompt, pixel_values=None,
-                                                         images=())))
-        for g in mine
-    ]  # fmt: skip
-    shares = parallel.gather_over_world([bare] if place.is_leader else [])
+    shares = parallel.gather_over_world([list(mine)] if place.is_leader else [])
     return [group for turn in zip_longest(*shares) for group in turn if group is not None]
 
 

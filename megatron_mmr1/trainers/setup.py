@@ -15,7 +15,7 @@ from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import GrpoConfig
 from megatron_mmr1.data.dataset import Keys, PromptDataset
-from megatron_mmr1.data.loader import build_loader
+from megatron_mmr1.data.loader import PromptView, build_loader
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.observability.rollouts import read_rollouts
@@ -26,7 +26,6 @@ from megatron_mmr1.rollout.replay import ReplayEngine
 from megatron_mmr1.sampling import EngineShare, PromptPool, Sampler, Statistician, VasSampler
 from megatron_mmr1.trainers.exchange import EnginePlace
 from megatron_mmr1.trainers.reporting import progress_of, report_bad_rows
-from megatron_mmr1.types import Prompt
 from megatron_mmr1.weight_sync import WeightSync
 
 
@@ -36,7 +35,7 @@ class Parts:
 
     Attributes:
         place: the engine that this rank belongs to.
-        prompts: this engine's share of each draw, one list a step.
+        prompts: this engine's share of each draw, without pixels until they are used.
         heldout: this engine's share of the held-out prompts.
         builder: makes this rank's share of an optimizer step.
         rule: the softmax that engine and trainer share.
@@ -48,8 +47,8 @@ class Parts:
     sampler: Sampler
     train_set: PromptDataset
     place: EnginePlace
-    prompts: Iterator[list[Prompt]]
-    heldout: list[Prompt]
+    prompts: Iterator[PromptView]
+    heldout: PromptView
     verifier: VerifierPool
     statistician: Statistician
     checkpoints: Checkpoints
@@ -111,9 +110,9 @@ def build_parts(
             prompts=iter(
                 build_loader(train_set, EngineShare(sampler, place.index, place.num_engines))
             ),
-            heldout=[
-                heldout_set[i] for i in range(place.index, len(heldout_set), place.num_engines)
-            ],
+            heldout=PromptView.of(
+                heldout_set, range(place.index, len(heldout_set), place.num_engines)
+            ),
             verifier=verifier,
             statistician=statistician,
             checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from megatron_mmr1.data.dataset import PromptDataset
 from megatron_mmr1.data.digits import POOL_MIX, build_digits
+from megatron_mmr1.data.loader import PromptView
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.evaluation.accuracy import generate_and_judge
 from megatron_mmr1.rewards import VerifierPool
@@ -78,7 +79,7 @@ def _classes(
         sampling = Sampling(NUM_SAMPLES, 1.0, 32, _SEED, 0)
         rates = []
         for start in range(0, len(dataset), 256):
-            prompts = [dataset[i] for i in range(start, min(start + 256, len(dataset)))]
+            prompts = PromptView.of(dataset, range(start, min(start + 256, len(dataset))))
             for group in generate_and_judge(engine, verifier, prompts, sampling):
                 outcomes = [score.verdict.outcome for score in group.scores]
                 rates.append(outcomes.count("correct") / NUM_SAMPLES)
