@@ -285,7 +285,7 @@ BAD_ROWS = {
     "link outside": ({"images": [{"bytes": None, "path": "link.png"}]}, "leads out"),
     "missing file": ({"images": [{"bytes": None, "path": "no.png"}]}, "does not exist"),
     "long prompt": ({"problem": "<image>" + "Sum?" * 40}, "exceed max_prompt_tokens=64"),
-    "vision token in text": ({"problem": "<image><|image_pad|>Sum?"}, "2 image placeholders"),
+    "vision token in text": ({"problem": "<image><|image_pad|>Sum?"}, "vision token <.image_pad.>"),
     "unknown text": ({"problem": "<image>Zebra?"}, "no token"),
 }
 

@@ -52,7 +52,7 @@ def test_one_turn_is_its_prompt_and_its_response(folder, tiny_processor):
 
 def test_each_turn_of_the_assistant_has_what_comes_before_as_its_prompt(folder, tiny_processor):
     """The sequences cut the whole conversation, as the template renders it, at the turns."""
-    turns = [HUMAN, ("gpt", "8"), ("human", "And<image>?"), ("gpt", "9")]
+    turns = [HUMAN, ("gpt", "8"), ("human", "Sum<image>?"), ("gpt", "9")]
     data = opened(folder, tiny_processor, record(*turns, images=["0.png", "1.png"], system="Read."))
     (first, _), (second, size) = data.load(0)
     decode = tiny_processor.tokenizer.decode
@@ -61,7 +61,7 @@ def test_each_turn_of_the_assistant_has_what_comes_before_as_its_prompt(folder, 
     assert decode(second.response_token_ids) == "9<|im_end|>"
     history = [Turn("system", "Read."), Turn("user", "<image>Sum?"), Turn("assistant", "8")]
     files = [png(56, 28, 0), png(56, 56, 1)]
-    expected = tiny_processor.prompt("a", "And<image>?", files, history=history)
+    expected = tiny_processor.prompt("a", "Sum<image>?", files, history=history)
     assert torch.equal(second.prompt.token_ids, expected.token_ids)
     assert torch.equal(second.prompt.pixel_values, expected.pixel_values)
     assert size.patches == (8, 16) and len(first.prompt.images) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_FILE_BYTES = 64 << 20
+_MAX_SHOWN = 80  # characters of a path, in a reason
 
 
 class ImageFiles:
@@ -52,10 +53,19 @@ def read_below(folder: Path, name: str) -> bytes:
     """Read the file `name`, a path relative to `folder` that stays below it.
 
     Raises:
-        ValueError: it leads out of the folder, also by a link, is no file, or is too large.
+        ValueError: it leads out of the folder, also by a link, is no file, can't be read, or is too
+            large.
     """
     if "\0" in name:
         raise ValueError("an image path holds a NUL character")
+    try:
+        return _read_below(folder, name)
+    except OSError as error:  # a name that is too long, such as a data URL; no permission
+        shown = name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..."
+        raise ValueError(f"image file {shown!r} can't be read: {error.strerror}") from error
+
+
+def _read_below(folder: Path, name: str) -> bytes:
     folder = folder.resolve()
     path = Path(os.path.realpath(folder / name))  # follows links, so that none leads out
     if not path.is_relative_to(folder):
