@@ -41,7 +41,11 @@ class Measure(Protocol):
     """What checking a row asks of a model's processor; nothing here processes pixels."""
 
     def picture(self, data: bytes) -> Image.Image:
-        """Decode an image."""
+        """Decode an image, within the limits of its size."""
+        ...
+
+    def fit(self, picture: Image.Image) -> Image.Image:
+        """Scale a decoded image into these limits."""
         ...
 
     def count_tokens(
@@ -182,7 +186,11 @@ class PromptProcessor:
         Raises:
             ValueError: see `decode_image`.
         """
-        return fit_pixels(decode_image(data), self._min_pixels, self._max_pixels)
+        return self.fit(decode_image(data))
+
+    def fit(self, picture: Image.Image) -> Image.Image:
+        """Scale a decoded image into the limits of its size."""
+        return fit_pixels(picture, self._min_pixels, self._max_pixels)
 
     def render(self, question: str, num_images: int, history: Sequence[Turn] = ()) -> str:
         """Apply the chat template; each image is still one placeholder.
