@@ -83,9 +83,10 @@ def of_both(row) -> dict[str, list]:
             row("images", images=5),
             row("image", images=({"url": "a"},)),
         ],
-        # These render: white where nothing is painted, and mid-grey.
+        # These render right: white where nothing is painted, and mid-grey.
         "rendered": [
             row("transparent", images=("images/transparent.png",)),
+            row("opaque", images=("images/opaque.png",)),
             row("grey16", images=("images/grey16.png",)),
         ],
     }
@@ -130,6 +131,7 @@ def main() -> None:
     picture("truncated.jpg", Image.fromarray(noise), keep_bytes=1500)
     picture("narrow.png", Image.new("L", (20_000, 1)))
     picture("transparent.png", Image.new("RGBA", (56, 28), (255, 0, 0, 0)))
+    picture("opaque.png", Image.new("RGBA", (56, 28), (9, 8, 7, 255)))
     picture("grey16.png", Image.new("I;16", (56, 28), 0x80FF))
     (FOLDER / "images" / "empty.png").write_bytes(b"")
     (FOLDER / "images" / "page.png").write_text("<html>404 Not Found</html>\n")

@@ -88,25 +88,14 @@ def test_other_spellings_give_the_same(folder, tiny_processor):
         assert torch.equal(demonstration.response_token_ids, loaded[0].response_token_ids)
 
 
+# Others are in tests/data/bad.
 BAD = {
-    "alone": (record(HUMAN, images=["0.png"]), "not user and assistant by turns"),
     "answer first": (record(("gpt", "8"), ("human", "?")), "by turns"),
     "twice": (record(("human", "a"), ("human", "b"), ("gpt", "8")), "by turns"),
-    "silent": (record(("human", "a"), ("gpt", " ")), "empty response"),
-    "no turns": ({"conversations": []}, "no conversation"),
     "no key": ({"text": "a"}, "no conversation"),
     "text turns": ({"conversations": ["a", "b"]}, "a turn is str"),
     "strange speaker": (record(("bot", "a"), ("gpt", "b")), "a turn is from 'bot'"),
     "number": ({"conversations": [{"from": "human", "value": 1}]}, "text is int"),
-    "tag without image": (record(HUMAN, ("gpt", "8")), "1 <image> tags for 0 images"),
-    "image without tag": (record(("human", "Sum?"), ("gpt", "8"), images=["0.png"]), "0 <image>"),
-    "tag in response": (record(HUMAN, ("gpt", "<image>"), images=["0.png"]), "response holds"),
-    "vision token": (record(HUMAN, ("gpt", "<|image_pad|>"), images=["0.png"]), "vision tokens"),
-    "missing": (record(HUMAN, ("gpt", "8"), images=["9.png"]), "does not exist"),
-    "outside": (record(HUMAN, ("gpt", "8"), images=["../9.png"]), "leads out"),
-    "no image": (record(HUMAN, ("gpt", "8"), images=["sft.json"]), "PNG or JPEG"),
-    "long": (record(("human", "Sum?" * 40), ("gpt", "8")), "exceed max_tokens_per_microbatch=64"),
-    "list": ([1, 2], "a JSON list, not an object"),
 }
 
 
