@@ -56,22 +56,18 @@ def read_below(folder: Path, name: str) -> bytes:
         ValueError: it leads out of the folder, also by a link, is no file, can't be read, or is too
             large.
     """
+    shown = repr(name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}...")
     if "\0" in name:
-        raise ValueError("an image path holds a NUL character")
-    try:
-        return _read_below(folder, name)
-    except OSError as error:  # a name that is too long, such as a data URL; no permission
-        shown = name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..."
-        raise ValueError(f"image file {shown!r} can't be read: {error.strerror}") from error
-
-
-def _read_below(folder: Path, name: str) -> bytes:
+        raise ValueError(f"image path {shown} holds a NUL character")
     folder = folder.resolve()
-    path = Path(os.path.realpath(folder / name))  # follows links, so that none leads out
-    if not path.is_relative_to(folder):
-        raise ValueError(f"image path {name!r} leads out of the data folder")
-    if not path.is_file():
-        raise ValueError(f"image file {name!r} does not exist")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"image file {name!r} has more than {MAX_FILE_BYTES} bytes")
-    return path.read_bytes()
+    try:
+        path = Path(os.path.realpath(folder / name))  # follows links, so that none leads out
+        if not path.is_relative_to(folder):
+            raise ValueError(f"image path {shown} leads out of the data folder")
+        if not path.is_file():
+            raise ValueError(f"image file {shown} does not exist")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"image file {shown} has more than {MAX_FILE_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:  # a name that is too long, such as an image in base64; no permission
+        raise ValueError(f"image file {shown} can't be read: {error.strerror}") from error
