@@ -1,15 +1,12 @@
-"""The data room: the tiny model's files, the digits task, images, positions, rows set aside."""
+"""The data room: the tiny model's files, the digits task, positions, rows set aside."""
 
 import io
 import json
 import re
 import shutil
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -45,17 +42,6 @@ def png(width: int = 28, height: int = 28, mode: str = "RGB", color: Any = 0) ->
     buffer = io.BytesIO()
     Image.new(mode, (width, height), color).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def huge_png() -> bytes:
-    """A few bytes whose header claims 13,000 x 13,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 13_000, 13_000, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def hf_positions(model: Any, token_ids: torch.Tensor, grid: torch.Tensor | None) -> torch.Tensor:
@@ -202,40 +188,6 @@ def test_an_unknown_level_is_refused(tmp_path: Path) -> None:
         build_digits(tmp_path, train_mix={"cube2": 1.0})
 
 
-# Images
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "empty"),
-        (b"GIF89a not supported", "not a readable"),
-        (huge_png(), "too large"),
-        (png(20_000, 1), "too narrow"),
-        (png(200, 200)[:-30], "broken"),
-    ],
-    ids=["empty", "gif", "huge", "narrow", "truncated"],
-)
-def test_bad_images_are_refused_with_the_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        decode_image(data)
-
-
-def test_a_truncated_jpeg_is_refused() -> None:
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, format="JPEG")
-    assert decode_image(buffer.getvalue()).size == (64, 64)
-    with pytest.raises(ValueError, match="broken"):
-        decode_image(buffer.getvalue()[:-800])
-
-
-def test_transparent_is_white_and_16_bit_grey_keeps_its_brightness() -> None:
-    assert decode_image(png(mode="RGBA", color=(255, 0, 0, 0))).getpixel((0, 0)) == (255,) * 3
-    assert decode_image(png(mode="RGBA", color=(9, 8, 7, 255))).getpixel((0, 0)) == (9, 8, 7)
-    assert decode_image(png(mode="I;16", color=0x80FF)).getpixel((0, 0)) == (0x80,) * 3
-
-
 # Positions
 
 
@@ -285,7 +237,7 @@ BAD_ROWS = {
     "link outside": ({"images": [{"bytes": None, "path": "link.png"}]}, "leads out"),
     "missing file": ({"images": [{"bytes": None, "path": "no.png"}]}, "does not exist"),
     "long prompt": ({"problem": "<image>" + "Sum?" * 40}, "exceed max_prompt_tokens=64"),
-    "vision token in text": ({"problem": "<image><|image_pad|>Sum?"}, "2 image placeholders"),
+    "vision token in text": ({"problem": "<image><|image_pad|>Sum?"}, "vision token <.image_pad.>"),
     "unknown text": ({"problem": "<image>Zebra?"}, "no token"),
 }
 

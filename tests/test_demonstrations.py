@@ -52,7 +52,7 @@ def test_one_turn_is_its_prompt_and_its_response(folder, tiny_processor):
 
 def test_each_turn_of_the_assistant_has_what_comes_before_as_its_prompt(folder, tiny_processor):
     """The sequences cut the whole conversation, as the template renders it, at the turns."""
-    turns = [HUMAN, ("gpt", "8"), ("human", "And<image>?"), ("gpt", "9")]
+    turns = [HUMAN, ("gpt", "8"), ("human", "Sum<image>?"), ("gpt", "9")]
     data = opened(folder, tiny_processor, record(*turns, images=["0.png", "1.png"], system="Read."))
     (first, _), (second, size) = data.load(0)
     decode = tiny_processor.tokenizer.decode
@@ -61,7 +61,7 @@ def test_each_turn_of_the_assistant_has_what_comes_before_as_its_prompt(folder, 
     assert decode(second.response_token_ids) == "9<|im_end|>"
     history = [Turn("system", "Read."), Turn("user", "<image>Sum?"), Turn("assistant", "8")]
     files = [png(56, 28, 0), png(56, 56, 1)]
-    expected = tiny_processor.prompt("a", "And<image>?", files, history=history)
+    expected = tiny_processor.prompt("a", "Sum<image>?", files, history=history)
     assert torch.equal(second.prompt.token_ids, expected.token_ids)
     assert torch.equal(second.prompt.pixel_values, expected.pixel_values)
     assert size.patches == (8, 16) and len(first.prompt.images) == 1
@@ -88,25 +88,14 @@ def test_other_spellings_give_the_same(folder, tiny_processor):
         assert torch.equal(demonstration.response_token_ids, loaded[0].response_token_ids)
 
 
+# Others are in tests/data/bad.
 BAD = {
-    "alone": (record(HUMAN, images=["0.png"]), "not user and assistant by turns"),
     "answer first": (record(("gpt", "8"), ("human", "?")), "by turns"),
     "twice": (record(("human", "a"), ("human", "b"), ("gpt", "8")), "by turns"),
-    "silent": (record(("human", "a"), ("gpt", " ")), "empty response"),
-    "no turns": ({"conversations": []}, "no conversation"),
     "no key": ({"text": "a"}, "no conversation"),
     "text turns": ({"conversations": ["a", "b"]}, "a turn is str"),
     "strange speaker": (record(("bot", "a"), ("gpt", "b")), "a turn is from 'bot'"),
     "number": ({"conversations": [{"from": "human", "value": 1}]}, "text is int"),
-    "tag without image": (record(HUMAN, ("gpt", "8")), "1 <image> tags for 0 images"),
-    "image without tag": (record(("human", "Sum?"), ("gpt", "8"), images=["0.png"]), "0 <image>"),
-    "tag in response": (record(HUMAN, ("gpt", "<image>"), images=["0.png"]), "response holds"),
-    "vision token": (record(HUMAN, ("gpt", "<|image_pad|>"), images=["0.png"]), "vision tokens"),
-    "missing": (record(HUMAN, ("gpt", "8"), images=["9.png"]), "does not exist"),
-    "outside": (record(HUMAN, ("gpt", "8"), images=["../9.png"]), "leads out"),
-    "no image": (record(HUMAN, ("gpt", "8"), images=["sft.json"]), "PNG or JPEG"),
-    "long": (record(("human", "Sum?" * 40), ("gpt", "8")), "exceed max_tokens_per_microbatch=64"),
-    "list": ([1, 2], "a JSON list, not an object"),
 }
 
 

@@ -26,6 +26,7 @@ ARROWS = {
     "weight_sync": {"types"},
     "evaluation": BASE | {"data", "rollout", "rewards"},
     "observability": BASE,
+    "inspection": BASE | {"data", "evaluation", "observability"},
     "planning": BASE,
     "parity": BASE | {"algorithms", "backend", "convert", "data", "device", "kernels"},
     "trainers": EVERYTHING,

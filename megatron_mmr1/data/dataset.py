@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from itertools import batched
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ from torch.utils.data import Dataset
 
 from megatron_mmr1 import __version__
 from megatron_mmr1.data.image_files import ImageFiles
-from megatron_mmr1.data.processor import PromptProcessor
+from megatron_mmr1.data.processor import Measure, PromptProcessor
 from megatron_mmr1.data.records import BadRecord, Records, cache_folder, open_records
 from megatron_mmr1.types import Prompt
 
@@ -70,6 +72,14 @@ class Keys(NamedTuple):
     problem: str = "problem"
     answer: str = "answer"
     images: str = "images"
+
+
+class Asked(NamedTuple):
+    """What a record asks: text with an `<image>` for each of the encoded images, and the gold."""
+
+    question: str
+    answer: str
+    files: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +153,12 @@ class PromptDataset(Dataset[Prompt]):
             self._cache.move_to_end(index)
             return self._cache[index]
         record = self._records[self._rows[index]]
+        asked = read_question(record, self._keys, self._files, self._instruction)
         prompt = self._processor.prompt(
             self.prompt_ids[index],
-            self._question(record),
-            self._files.read(record.get(self._keys.images)),
-            _answer(record, self._keys),
+            asked.question,
+            asked.files,
+            asked.answer,
             self.categories[index],
         )
         self._cache[index] = prompt
@@ -164,12 +175,6 @@ class PromptDataset(Dataset[Prompt]):
     def image_files(self, index: int) -> tuple[bytes, ...]:
         """The encoded images of a usable row, without processing them."""
         return tuple(self._files.read(self._records[self._rows[index]].get(self._keys.images)))
-
-    def _question(self, record: dict[str, Any]) -> str:
-        question = record.get(self._keys.problem)
-        if not isinstance(question, str):
-            raise ValueError(f"{self._keys.problem} is {type(question).__name__}, not text")
-        return f"{self._instruction}\n{question}" if self._instruction else question
 
     def _known_or_checked(self, on_progress: Callable[[int, int], None]) -> list[_Checked]:
         """Look up what an earlier check found, or check; of several processes one checks."""
@@ -211,25 +216,13 @@ class PromptDataset(Dataset[Prompt]):
         row_id, size, reason = f"row-{number}", RowSize(0, 0, ()), ""
         try:
             record = self._records[number]
-            row_id = _row_id(record, number)
-            size = self._size(record)
+            row_id = row_id_of(record, number)
+            asked = read_question(record, self._keys, self._files, self._instruction)
+            size = prompt_size(asked, self._processor, self._max_tokens)
         except (BadRecord, ValueError) as error:
             reason = str(error) or type(error).__name__
-        category, source = (str(record.get(key) or "") for key in ("category", "source"))
+        category, source = (_label(record.get(key)) for key in ("category", "source"))
         return _Checked(row_id, category, source, size.num_prompt_tokens, size.patches, reason)
-
-    def _size(self, record: dict[str, Any]) -> RowSize:
-        _answer(record, self._keys)
-        question = self._question(record)
-        pictures = [
-            self._processor.picture(data)
-            for data in self._files.read(record.get(self._keys.images))
-        ]
-        num_tokens = self._processor.count_tokens(question, pictures)
-        if num_tokens > self._max_tokens:
-            raise ValueError(f"{num_tokens} tokens exceed max_prompt_tokens={self._max_tokens}")
-        patches = tuple(self._processor.count_patches(picture) for picture in pictures)
-        return RowSize(num_tokens, 0, patches)
 
     def _sort(self, checked: Sequence[_Checked]) -> None:
         """Keep what is usable, the first row of each id, and set aside the rest."""
@@ -255,6 +248,34 @@ def summary(bad_rows: Sequence[BadRow]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in reasons) or "it is empty"
 
 
+def read_question(record: dict[str, Any], keys: Keys, files: ImageFiles, instruction: str) -> Asked:
+    """Read a record's text, gold and encoded images.
+
+    Raises:
+        ValueError: with the reason why the row is bad.
+    """
+    answer, question = _answer(record, keys), record.get(keys.problem)
+    if not isinstance(question, str):
+        raise ValueError(f"{keys.problem} is {type(question).__name__}, not text")
+    if not question.strip():
+        raise ValueError(f"empty {keys.problem}")
+    found = files.read(record.get(keys.images))
+    return Asked(f"{instruction}\n{question}" if instruction else question, answer, found)
+
+
+def prompt_size(asked: Asked, measure: Measure, max_tokens: int) -> RowSize:
+    """Decode the images and count the tokens of a question.
+
+    Raises:
+        ValueError: with the reason why the row is bad.
+    """
+    pictures = [measure.picture(data) for data in asked.files]
+    num_tokens = measure.count_tokens(asked.question, pictures)
+    if num_tokens > max_tokens:
+        raise ValueError(f"{num_tokens} tokens exceed max_prompt_tokens={max_tokens}")
+    return RowSize(num_tokens, 0, tuple(measure.count_patches(picture) for picture in pictures))
+
+
 def _require_keys(records: Records, keys: Keys, name: str) -> None:
     """Refuse a table that lacks a column; JSON records are checked one by one."""
     for part, key in keys._asdict().items():
@@ -265,15 +286,23 @@ def _require_keys(records: Records, keys: Keys, name: str) -> None:
             )
 
 
-def _row_id(record: dict[str, Any], number: int) -> str:
-    """A record's id; one without is named by its number."""
-    row_id = record.get("id")
-    return f"row-{number}" if row_id in (None, "") else str(row_id)
+def row_id_of(record: dict[str, Any], number: int) -> str:
+    """Return a record's id; one without is named by its number."""
+    return _label(record.get("id")) or f"row-{number}"
+
+
+def _label(value: Any) -> str:
+    """Write a name as text; null and NaN (pandas' empty cell) are ""."""
+    return "" if value is None or value != value else str(value)
 
 
 def _answer(record: dict[str, Any], keys: Keys) -> str:
     answer = record.get(keys.answer)
-    text = "" if answer is None else str(answer).strip()
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+        raise ValueError("empty answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal):
+        raise ValueError(f"{keys.answer} is {type(answer).__name__}, not text or a number")
+    text = str(answer).strip()
     if not text:
         raise ValueError("empty answer")
     return text

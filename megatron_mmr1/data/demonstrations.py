@@ -6,13 +6,19 @@ takes hours, so whoever draws a bad one is told and draws another (trainers/sft.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_mmr1.data.dataset import RowSize
+from megatron_mmr1.data.dataset import RowSize, row_id_of
 from megatron_mmr1.data.image_files import ImageFiles
-from megatron_mmr1.data.processor import IMAGE_TAG, PromptProcessor, Turn
+from megatron_mmr1.data.processor import (
+    IMAGE_TAG,
+    Measure,
+    PromptProcessor,
+    Turn,
+    require_tags,
+)
 from megatron_mmr1.data.records import open_records
 from megatron_mmr1.types import Demonstration
 
@@ -23,6 +29,24 @@ _ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+
+
+class Conversation(NamedTuple):
+    """A system turn if there is one, then user and assistant by turns; and the encoded images."""
+
+    turns: list[Turn]
+    files: list[bytes]
+
+    def answered(self) -> Iterator[tuple[list[Turn], Turn, Turn, int]]:
+        """Yield what is before a question, the question, its response, and the number of images
+        up to there; once for each turn of the assistant.
+        """
+        num_images = 0
+        for place, turn in enumerate(self.turns):
+            num_images += turn.text.count(IMAGE_TAG)
+            if turn.role == "assistant":
+                *history, question = self.turns[:place]
+                yield history, question, turn, num_images
 
 
 class Demonstrations:
@@ -71,43 +95,63 @@ class Demonstrations:
         Raises:
             ValueError: with the reason; `row_id` names it.
         """
-        record = self._records[number]
-        turns = _turns(record)
-        files = self._files.read(record.get("images", record.get("image")))
-        pictures = [self._processor.picture(data) for data in files]
-        num_tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
-        if num_tags != len(files):
-            raise ValueError(f"{num_tags} {IMAGE_TAG} tags for {len(files)} images")
-        found, num_images = [], 0
-        for place, turn in enumerate(turns):
-            if turn.role != "assistant":
-                num_images += turn.text.count(IMAGE_TAG)
-                continue
-            *history, question = turns[:place]
+        conversation = read_conversation(self._records[number], self._files)
+        sizes = conversation_sizes(conversation, self._processor, self._max_tokens)
+        found = []
+        for size, (history, question, response, num_images) in zip(
+            sizes, conversation.answered(), strict=True
+        ):
             prompt = self._processor.prompt(
-                f"{number}/{place}",  # ids may repeat
+                f"{number}/{len(history) + 1}",  # ids may repeat
                 question.text,
-                files[:num_images],
+                conversation.files[:num_images],
                 history=history,
             )
-            response = self._processor.response_token_ids(turn.text)
-            patches = tuple(self._processor.count_patches(p) for p in pictures[:num_images])
-            size = RowSize(len(prompt.token_ids), len(response), patches)
-            num_tokens = size.num_prompt_tokens + size.num_response_tokens
-            if num_tokens > self._max_tokens:
-                raise ValueError(
-                    f"{num_tokens} tokens exceed max_tokens_per_microbatch={self._max_tokens}"
-                )
-            found.append((Demonstration(prompt, response), size))
+            response_R = self._processor.response_token_ids(response.text)
+            found.append((Demonstration(prompt, response_R), size))
         return found
 
     def row_id(self, number: int) -> str:
         """Name a record, by its id if it has one that can be read."""
         try:
-            row_id = self._records[number].get("id")
+            return row_id_of(self._records[number], number)
         except ValueError:
-            row_id = None
-        return f"row-{number}" if row_id in (None, "") else str(row_id)
+            return row_id_of({}, number)
+
+
+def read_conversation(record: dict[str, Any], files: ImageFiles) -> Conversation:
+    """Read a record's turns and encoded images.
+
+    Raises:
+        ValueError: with the reason why the record is bad.
+    """
+    turns = _turns(record)
+    return Conversation(turns, files.read(record.get("images", record.get("image"))))
+
+
+def conversation_sizes(
+    conversation: Conversation, measure: Measure, max_tokens: int
+) -> list[RowSize]:
+    """Decode the images and count the tokens of each training sequence.
+
+    Raises:
+        ValueError: with the reason why the record is bad.
+    """
+    pictures = [measure.picture(data) for data in conversation.files]
+    require_tags(conversation.turns, len(pictures))
+    patches = tuple(measure.count_patches(picture) for picture in pictures)
+    sizes = []
+    for history, question, response, num_images in conversation.answered():
+        size = RowSize(
+            measure.count_tokens(question.text, pictures[:num_images], history),
+            measure.count_response_tokens(response.text),
+            patches[:num_images],
+        )
+        num_tokens = size.num_prompt_tokens + size.num_response_tokens
+        if num_tokens > max_tokens:
+            raise ValueError(f"{num_tokens} tokens exceed max_tokens_per_microbatch={max_tokens}")
+        sizes.append(size)
+    return sizes
 
 
 def _turns(record: dict[str, Any]) -> list[Turn]:
@@ -140,7 +184,7 @@ def _turn(entry: Any) -> Turn:
     if not isinstance(entry, dict):
         raise ValueError(f"a turn is {type(entry).__name__}, not an object")
     speaker, text = entry.get("from", entry.get("role")), entry.get("value", entry.get("content"))
-    if speaker not in _ROLES:
+    if not isinstance(speaker, str) or speaker not in _ROLES:
         raise ValueError(f"a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
     if not isinstance(text, str):
         raise ValueError(f"a turn's text is {type(text).__name__}")

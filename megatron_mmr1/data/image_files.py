@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_FILE_BYTES = 64 << 20
+_MAX_SHOWN = 80  # characters of a path, in a reason
 
 
 class ImageFiles:
@@ -52,16 +53,21 @@ def read_below(folder: Path, name: str) -> bytes:
     """Read the file `name`, a path relative to `folder` that stays below it.
 
     Raises:
-        ValueError: it leads out of the folder, also by a link, is no file, or is too large.
+        ValueError: it leads out of the folder, also by a link, is no file, can't be read, or is too
+            large.
     """
+    shown = repr(name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}...")
     if "\0" in name:
-        raise ValueError("an image path holds a NUL character")
+        raise ValueError(f"image path {shown} holds a NUL character")
     folder = folder.resolve()
-    path = Path(os.path.realpath(folder / name))  # follows links, so that none leads out
-    if not path.is_relative_to(folder):
-        raise ValueError(f"image path {name!r} leads out of the data folder")
-    if not path.is_file():
-        raise ValueError(f"image file {name!r} does not exist")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"image file {name!r} has more than {MAX_FILE_BYTES} bytes")
-    return path.read_bytes()
+    try:
+        path = Path(os.path.realpath(folder / name))  # follows links, so that none leads out
+        if not path.is_relative_to(folder):
+            raise ValueError(f"image path {shown} leads out of the data folder")
+        if not path.is_file():
+            raise ValueError(f"image file {shown} does not exist")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"image file {shown} has more than {MAX_FILE_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:  # a name that is too long, such as an image in base64; no permission
+        raise ValueError(f"image file {shown} can't be read: {error.strerror}") from error

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -35,6 +35,32 @@ class Turn(NamedTuple):
 
     role: str
     text: str
+
+
+class Measure(Protocol):
+    """What checking a row asks of a model's processor; nothing here processes pixels."""
+
+    def picture(self, data: bytes) -> Image.Image:
+        """Decode an image, within the limits of its size."""
+        ...
+
+    def fit(self, picture: Image.Image) -> Image.Image:
+        """Scale a decoded image into these limits."""
+        ...
+
+    def count_tokens(
+        self, question: str, pictures: Sequence[Image.Image], history: Sequence[Turn] = ()
+    ) -> int:
+        """Count a prompt's tokens."""
+        ...
+
+    def count_patches(self, picture: Image.Image) -> int:
+        """Count an image's patches."""
+        ...
+
+    def count_response_tokens(self, response: str) -> int:
+        """Count a response's tokens, the end-of-turn token included."""
+        ...
 
 
 class PromptProcessor:
@@ -94,6 +120,7 @@ class PromptProcessor:
         self.spatial_merge_size: int = self._images.spatial_merge_size
         self.banned_token_ids: tuple[int, ...] = self._images.banned_token_ids
         self.end_of_turn_id: int = self.tokenizer.eos_token_id
+        self._banned_texts = [str(self.tokenizer.decode([i])) for i in self.banned_token_ids]
         self._encode = text_encoder(folder, self.tokenizer)
         self._min_pixels, self._max_pixels = min_pixels, max_pixels
         self._folder = folder
@@ -159,18 +186,24 @@ class PromptProcessor:
         Raises:
             ValueError: see `decode_image`.
         """
-        return fit_pixels(decode_image(data), self._min_pixels, self._max_pixels)
+        return self.fit(decode_image(data))
+
+    def fit(self, picture: Image.Image) -> Image.Image:
+        """Scale a decoded image into the limits of its size."""
+        return fit_pixels(picture, self._min_pixels, self._max_pixels)
 
     def render(self, question: str, num_images: int, history: Sequence[Turn] = ()) -> str:
         """Apply the chat template; each image is still one placeholder.
 
         Raises:
-            ValueError: the number of `<image>` tags is not `num_images`, or the model takes none.
+            ValueError: the number of `<image>` tags is not `num_images`, the model takes none, or
+                a turn holds one of its vision tokens as text.
         """
         turns = [*history, Turn("user", question)]
-        num_tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
-        if num_tags != num_images:
-            raise ValueError(f"{num_tags} {IMAGE_TAG} tags for {num_images} images")
+        require_tags(turns, num_images)
+        for token in self._banned_texts:
+            if any(token in turn.text for turn in turns):
+                raise ValueError(f"the text holds the vision token {token}")
         is_blind = isinstance(self._images, NoImages)
         if isinstance(self._images, NoImages) and num_images:
             raise self._images.refusal()
@@ -188,14 +221,12 @@ class PromptProcessor:
         """The length that `prompt` would have, without processing pixels.
 
         Raises:
-            ValueError: tags and images differ in number, or the text holds special vision tokens.
+            ValueError: tags and images differ in number, or the text holds a vision token or one
+                that the tokenizer doesn't know.
         """
         token_ids = self.encode(self.render(question, len(pictures), history))
-        num_placeholders = token_ids.count(self.image_token_id)
-        if num_placeholders != len(pictures):
-            raise ValueError(f"{num_placeholders} image placeholders for {len(pictures)} images")
         num_visual_tokens = sum(self._images.count(picture)[0] for picture in pictures)
-        return len(token_ids) - num_placeholders + num_visual_tokens
+        return len(token_ids) - len(pictures) + num_visual_tokens
 
     def count_patches(self, picture: Image.Image) -> int:
         """The patches that an image will be cut into, without processing pixels."""
@@ -224,6 +255,17 @@ class PromptProcessor:
         if banned:
             raise ValueError(f"the response holds the vision tokens {sorted(banned)}")
         return torch.tensor([*token_ids, self.end_of_turn_id])
+
+    def count_response_tokens(self, response: str) -> int:
+        """The length of `response_token_ids`; raises as that does."""
+        return len(self.response_token_ids(response))
+
+
+def require_tags(turns: Sequence[Turn], num_images: int) -> None:
+    """Refuse turns that have not one `<image>` for each image."""
+    num_tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
+    if num_tags != num_images:
+        raise ValueError(f"{num_tags} {IMAGE_TAG} tags for {num_images} images")
 
 
 def _parts(text: str) -> list[dict[str, str]]:

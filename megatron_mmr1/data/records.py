@@ -155,7 +155,7 @@ class JsonRecords(Records):
             raise BadRecord(f"a record of {stop - start} bytes; the limit is {_MAX_RECORD_BYTES}")
         try:
             # UnicodeDecodeError, huge integers and broken syntax are ValueErrors.
-            record = json.loads(self._bytes[start:stop].decode("utf-8"))
+            record = _parse(self._bytes[start:stop])
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"not readable as JSON ({type(error).__name__}: {error})") from error
         if not isinstance(record, dict):
@@ -175,6 +175,13 @@ class JsonRecords(Records):
         np.save(partial, ranges_N2)
         partial.replace(cached)
         return ranges_N2
+
+
+def _parse(encoded: bytes) -> Any:
+    record = json.loads(encoded.decode("utf-8"))
+    if b"\\ud" in encoded or b"\\uD" in encoded:  # half of a pair, which no tokenizer takes
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    return record
 
 
 def cache_folder() -> Path:
