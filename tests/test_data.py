@@ -311,6 +311,18 @@ def test_rows_of_other_keys_and_formats_give_the_same_prompts(
         assert torch.equal(found.token_ids, expected.token_ids)
 
 
+def test_more_images_than_the_engine_takes_are_set_aside(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    two = {"problem": "<image>Sum<image>?", "images": prompt_row("b")["images"] * 2}
+    rows = [prompt_row("a"), prompt_row("b") | two]
+    path = write_rows(tmp_path / "rows.parquet", rows, PROMPT_SCHEMA)
+    prompts = PromptDataset(path, processor, max_images=1)
+    assert prompts.prompt_ids == ["a"]
+    assert prompts.bad_rows[0].reason == "2 images exceed rollout.max_images_per_prompt=1"
+    assert PromptDataset(path, processor, max_images=2).prompt_ids == ["a", "b"]
+
+
 def test_an_instruction_comes_before_the_question(
     processor: PromptProcessor, tmp_path: Path
 ) -> None:

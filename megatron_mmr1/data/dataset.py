@@ -107,6 +107,7 @@ class PromptDataset(Dataset[Prompt]):
         source: str | Path,
         processor: PromptProcessor,
         max_tokens: int = 2048,
+        max_images: int | None = None,
         keys: Keys | None = None,
         instruction: str = "",
         cache_bytes: int = CACHE_BYTES,
@@ -118,6 +119,7 @@ class PromptDataset(Dataset[Prompt]):
             source: see `records.open_records`. Image paths are relative to the file's folder.
             processor: of the model that is trained.
             max_tokens: longer prompts, visual tokens included, are set aside.
+            max_images: prompts with more of them are set aside.
             instruction: put before every question, in the user's turn.
             cache_bytes: of prompts to keep in memory; those in use come on top.
             on_progress: told rows checked and rows in all.
@@ -128,7 +130,7 @@ class PromptDataset(Dataset[Prompt]):
         self.path = str(source)
         self.bad_rows: list[BadRow] = []
         self._keys, self._instruction = keys or Keys(), instruction
-        self._processor, self._max_tokens = processor, max_tokens
+        self._processor, self._max_tokens, self._max_images = processor, max_tokens, max_images
         self._records = open_records(self.path)
         path = Path(source)
         self._files = ImageFiles(path.parent if path.is_file() else None)
@@ -187,6 +189,7 @@ class PromptDataset(Dataset[Prompt]):
             "keys": self._keys,
             "instruction": self._instruction,
             "max_tokens": self._max_tokens,
+            "max_images": self._max_images,
         }
         name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
         path = cache_folder() / f"{name}.checked.jsonl"
@@ -218,6 +221,11 @@ class PromptDataset(Dataset[Prompt]):
             record = self._records[number]
             row_id = row_id_of(record, number)
             asked = read_question(record, self._keys, self._files, self._instruction)
+            if self._max_images is not None and len(asked.files) > self._max_images:
+                raise ValueError(
+                    f"{len(asked.files)} images exceed rollout.max_images_per_prompt="
+                    f"{self._max_images}"
+                )
             size = prompt_size(asked, self._processor, self._max_tokens)
         except (BadRecord, ValueError) as error:
             reason = str(error) or type(error).__name__

@@ -71,6 +71,7 @@ def build_parts(
             source,
             processor,
             data.max_prompt_tokens,
+            config.rollout.max_images_per_prompt,
             Keys(data.problem_key, data.answer_key, data.images_key),
             data.system_prompt,
             data.cache_bytes,
