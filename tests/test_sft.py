@@ -156,11 +156,12 @@ def test_two_ranks_learn_what_one_learns(starts: ColdStarts, whole: Path, layout
     starts.start(name, *layout, "checkpoint.every=0", ranks=2).wait().succeeded()
     ours, theirs = read_metrics(starts.dir(name)), read_metrics(whole)
     for two, one in zip(ours, theirs, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two.get("validation/loss") == pytest.approx(one.get("validation/loss"), rel=1e-5)
+        assert two.keys() == one.keys()
+        for key in one.keys() & {"loss", "validation/loss", "grad_norm"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
         assert two["data/bad_records"] == one["data/bad_records"]
     two, one = (load_file(d / "hf" / "model.safetensors") for d in (starts.dir(name), whole))
-    assert max(relative_difference(two[key], one[key]) for key in one) <= 1e-3
+    assert max(relative_difference(two[key], one[key]) for key in one) <= 2e-4
 
 
 def test_the_validation_loss_is_hugging_faces_over_the_assistants_turns(
