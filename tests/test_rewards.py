@@ -163,15 +163,15 @@ def test_reward_is_the_weighted_sum_and_nan_where_nothing_could_be_judged():
 @pytest.fixture(scope="module")
 def warm_pool():
     with VerifierPool(RewardConfig(deadline_s=1.0)) as pool:
-        pool.submit(make_group("8", [respond("2^{3}")]))
+        pool.submit(make_group("2x", [respond("x+x")]))
         assert [s.verdict.outcome for s in next(pool.results()).scores] == ["correct"]
         yield pool
 
 
 def test_a_hung_answer_costs_the_deadline_and_the_pool_goes_on(warm_pool):
     start = time.monotonic()
-    warm_pool.submit(make_group("5", [respond("9^{9^{9}}"), respond(r"\frac{10}{2}")], "hung"))
-    warm_pool.submit(make_group("7", [respond("7"), respond("3+5")], "next"))
+    warm_pool.submit(make_group("5", [respond("9^{9^{9}}"), respond(r"\log_2 32")], "hung"))
+    warm_pool.submit(make_group("7", [respond("7"), respond(r"\log_2 8")], "next"))
     hung, following = warm_pool.results()
     assert time.monotonic() - start < 12  # 1 s, a new worker's imports, and room for a busy machine
     assert (hung.group.prompt.prompt_id, following.group.prompt.prompt_id) == ("hung", "next")
@@ -185,7 +185,7 @@ def test_a_hung_answer_costs_the_deadline_and_the_pool_goes_on(warm_pool):
 def test_the_pool_goes_on_after_its_idle_worker_is_killed(warm_pool):
     for pid in list(warm_pool._pool._pool_manager.worker_manager.workers):
         os.kill(pid, signal.SIGKILL)
-    warm_pool.submit(make_group("8", [respond("2^{3}"), respond("8")]))
+    warm_pool.submit(make_group("2x", [respond("x+x"), respond("2x")]))
     (scored,) = warm_pool.results()
     assert [s.verdict.outcome for s in scored.scores] == ["correct", "correct"]
 
@@ -198,9 +198,9 @@ from megatron_mmr1.config.schema import RewardConfig
 from megatron_mmr1.rewards.pool import VerifierPool
 
 if __name__ == "__main__":
-    response = Fake(text=r"<answer>\\boxed{2^3}</answer>")
+    response = Fake(text=r"<answer>\\boxed{x+x}</answer>")
     with VerifierPool(RewardConfig()) as pool:
-        pool.submit(Fake(prompt=Fake(answer="8"), rollouts=[response]))
+        pool.submit(Fake(prompt=Fake(answer="2x"), rollouts=[response]))
         print(pool._submitted[0][1][0].future.result()[0])
         (pid,) = pool._pool._pool_manager.worker_manager.workers
         print("libtorch" in Path(f"/proc/{pid}/maps").read_text())

@@ -4,8 +4,11 @@ Owns the hard deadline and the reward formula; the rules of judgement are in `ac
 `format.py`. An answer that needs no mathematics (nearly all on simple tasks) is judged here,
 without a worker.
 
-Workers are spawned, never forked: the trainer has torch and gloo threads. They import neither torch
-nor the trainer's `__main__`, and can't take more than `WORKER_MEMORY_BYTES`.
+Workers are forked from a small process of their own (multiprocessing's fork server), never from the
+trainer, which has torch and gloo threads. That process has math-verify loaded and nothing else, so
+that a worker that was killed is replaced in milliseconds; it ends with the trainer. Workers import
+neither torch nor the trainer's `__main__`, can't take more than `WORKER_MEMORY_BYTES`, and are
+ended by the kernel at twice their deadline in CPU time, whatever became of the trainer.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
-from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import set_forkserver_preload
 from typing import TYPE_CHECKING, Self
 
 from pebble import ProcessExpired, ProcessPool
@@ -32,16 +36,16 @@ if TYPE_CHECKING:  # at run time these would import torch or omegaconf into ever
     from megatron_mmr1.types import Outcome, RolloutGroup, ScoredGroup, ScoredRollout
 
 WORKER_MEMORY_BYTES = 4 * 2**30
-START_LIMIT_S = 60.0  # a worker starts in 2 s; on a busy machine in more
+START_LIMIT_S = 60.0  # the first worker starts in 3 s; on a busy machine in more
 
 _start_lock = threading.Lock()
 
 
-class _WorkerProcess(SpawnProcess):
-    """A spawned process that doesn't import the parent's `__main__`."""
+class _WorkerProcess(ForkServerProcess):
+    """A process that doesn't import the parent's `__main__`."""
 
     def start(self) -> None:
-        """Start, with `__main__` named so that spawn skips it, as it does any `package.__main__`.
+        """Start, with `__main__` named so that it is skipped, as any `package.__main__` is.
 
         Otherwise each worker would import the whole trainer: seconds, and a gigabyte.
         """
@@ -49,30 +53,41 @@ class _WorkerProcess(SpawnProcess):
         with _start_lock:
             spec = main.__spec__
             main.__spec__ = ModuleSpec("megatron_mmr1.rewards.__main__", None)
+            # Of use to the first worker, which starts the server; another user of a fork server may
+            # have started it before: then workers load math-verify themselves.
+            set_forkserver_preload(["megatron_mmr1.rewards.warm"])
             try:
                 super().start()
             finally:
                 main.__spec__ = spec
 
 
-class WorkerContext(SpawnContext):
-    """How verifier workers start: spawned, without the parent's `__main__`."""
+class WorkerContext(ForkServerContext):
+    """How verifier workers start: forked from a warm process, without the parent's `__main__`."""
 
     Process = _WorkerProcess
 
 
 def prepare_worker(memory_bytes: int) -> None:
-    """In a new worker: import math-verify before any deadline, cap memory, die when told to."""
-    import logging
+    """In a new worker: be warm before any deadline, cap memory, die when told to."""
     import resource
     import signal
 
-    import math_verify  # noqa: F401
+    import megatron_mmr1.rewards.warm  # noqa: F401
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timers are off
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # pebble's handler is Python code: it would wait for the big-integer power that it has to stop.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def judge_bounded(response: str, gold: str, deadline_s: float) -> tuple[Outcome, str]:
+    """In a worker: `judge_mathematics`, with a second bound, of CPU time, that needs no trainer."""
+    import resource
+
+    end_s = math.ceil(time.process_time() + 2 * deadline_s) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (end_s, resource.RLIM_INFINITY))
+    return judge_mathematics(response, gold)
 
 
 class _Judgement:
@@ -198,8 +213,8 @@ class VerifierPool:
             )
         judgement.pool = self._pool
         judgement.future = self._pool.schedule(
-            judge_mathematics,
-            args=(judgement.response, judgement.gold),
+            judge_bounded,
+            args=(judgement.response, judgement.gold, self._config.deadline_s),
             timeout=self._config.deadline_s,
         )
 
