@@ -29,11 +29,13 @@ from typing import TYPE_CHECKING, Self
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_mmr1.rewards.accuracy import judge_mathematics, judge_quickly
-from megatron_mmr1.rewards.format import is_well_formed
+from megatron_mmr1.rewards.format import extract_answer, is_well_formed
+from megatron_mmr1.rewards.judge import Judge, is_for_judge
+from megatron_mmr1.rewards.penalties import overlong_share, repetition_share
 
 if TYPE_CHECKING:  # at run time these would import torch or omegaconf into every worker
     from megatron_mmr1.config.schema import RewardConfig
-    from megatron_mmr1.types import Outcome, RolloutGroup, ScoredGroup, ScoredRollout
+    from megatron_mmr1.types import Outcome, Rollout, RolloutGroup, ScoredGroup, ScoredRollout
 
 WORKER_MEMORY_BYTES = 4 * 2**30
 START_LIMIT_S = 60.0  # the first worker starts in 3 s; on a busy machine in more
@@ -91,10 +93,14 @@ def judge_bounded(response: str, gold: str, deadline_s: float) -> tuple[Outcome,
 
 
 class _Judgement:
-    """One response on its way to a verdict: `verdict` if it was easy, else a `future` of `pool`."""
+    """One response on its way to a verdict: `verdict` if it was easy, else a `future` of `pool`.
+
+    `second` is the judge's, where it is asked.
+    """
 
     future: Future[tuple[Outcome, str]]
     pool: ProcessPool
+    second: Future[tuple[Outcome, str]] | None = None
 
     def __init__(self, response: str, gold: str) -> None:
         self.response = response
@@ -110,10 +116,14 @@ class VerifierPool:
 
     Args:
         config: weights of the reward, deadline of one response in seconds, number of workers.
+        max_response_tokens: rollout.max_response_tokens; needed by the overlong penalty alone.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, max_response_tokens: int = 0) -> None:
+        assert max_response_tokens > 0 or config.overlong_weight == 0
         self._config = config
+        self._max_response_tokens = max_response_tokens
+        self._judge = Judge(config) if config.judge_url else None
         self._pool: ProcessPool | None = None  # started by the first answer that needs it
         self._submitted: deque[tuple[RolloutGroup, list[_Judgement]]] = deque()
 
@@ -134,19 +144,29 @@ class VerifierPool:
         for judgement in judgements:
             if judgement.verdict is None:
                 self._schedule(judgement)
+            else:
+                self._ask_judge(judgement, group)
         self._submitted.append((group, judgements))
 
     def results(self) -> Iterator[ScoredGroup]:
         """Yield each group submitted and not yet collected, in order of submission, waiting for it.
 
         Equation (arXiv:2509.21268, Table 6): reward = format_weight * is_well_formed +
-        accuracy_weight * correct; NaN where the verdict is could_not_judge.
+        accuracy_weight * correct, less repetition_weight * repetition_share and overlong_weight *
+        overlong_share (penalties.py); NaN where the verdict is could_not_judge.
         """
         from megatron_mmr1.types import ScoredGroup
 
         while self._submitted:
             group, judgements = self._submitted[0]
-            scores = tuple(self._score(judgement) for judgement in judgements)
+            for judgement in judgements:
+                if judgement.verdict is None:
+                    judgement.verdict = self._wait(judgement)
+                    self._ask_judge(judgement, group)
+            scores = tuple(
+                self._score(judgement, rollout)
+                for judgement, rollout in zip(judgements, group.rollouts, strict=True)
+            )
             self._submitted.popleft()
             yield ScoredGroup(group, scores)
 
@@ -154,17 +174,44 @@ class VerifierPool:
         """Kill the workers and forget what was not collected."""
         self._submitted.clear()
         self._stop_workers()
+        if self._judge:
+            self._judge.close()
 
-    def _score(self, judgement: _Judgement) -> ScoredRollout:
+    def _ask_judge(self, judgement: _Judgement, group: RolloutGroup) -> None:
+        """Ask the judge what the rules leave to it; the answer is collected with the group."""
+        assert judgement.verdict
+        if self._judge and is_for_judge(*judgement.verdict, judgement.gold):
+            answer = extract_answer(judgement.response) or ""
+            judgement.second = self._judge.submit(group.prompt.question, judgement.gold, answer)
+
+    def _score(self, judgement: _Judgement, rollout: Rollout) -> ScoredRollout:
         from megatron_mmr1.types import ScoredRollout, Verdict
 
-        outcome, reason = judgement.verdict or self._wait(judgement)
+        assert judgement.verdict
+        outcome, reason = judgement.verdict
+        if self._judge and judgement.second:
+            outcome, reason = self._judge.result(judgement.second)
+        repetition, overlong = self._penalties(rollout)
         formatted = is_well_formed(judgement.response)
         reward = self._config.format_weight * formatted
         reward += self._config.accuracy_weight * (outcome == "correct")
+        reward -= repetition + overlong
         if outcome == "could_not_judge":
             reward = math.nan
-        return ScoredRollout(Verdict(outcome, reason), formatted, reward)
+        return ScoredRollout(Verdict(outcome, reason), formatted, reward, repetition, overlong)
+
+    def _penalties(self, rollout: Rollout) -> tuple[float, float]:
+        """Return what repetition and length take off a response's reward."""
+        config, token_ids = self._config, rollout.token_ids
+        repetition = overlong = 0.0
+        if config.repetition_weight:
+            share = repetition_share(token_ids, config.repetition_ngram)
+            repetition = config.repetition_weight * share
+        if config.overlong_weight:
+            cache = config.overlong_cache_tokens
+            share = overlong_share(len(token_ids), self._max_response_tokens, cache)
+            overlong = config.overlong_weight * share
+        return repetition, overlong
 
     def _wait(self, judgement: _Judgement) -> tuple[Outcome, str]:
         for _ in range(2):
