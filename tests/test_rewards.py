@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from megatron_mmr1.config.schema import RewardConfig
+from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
 from megatron_mmr1.rewards import VerifierPool, extract_answer, is_well_formed, score
-from megatron_mmr1.types import Prompt, Rollout, RolloutGroup
+from megatron_mmr1.types import Prompt, Rollout, RolloutGroup, ScoredGroup, ScoredRollout, Verdict
 
 
 def respond(boxed: str) -> str:
@@ -188,6 +190,63 @@ def test_the_pool_goes_on_after_its_idle_worker_is_killed(warm_pool):
     warm_pool.submit(make_group("2x", [respond("x+x"), respond("2x")]))
     (scored,) = warm_pool.results()
     assert [s.verdict.outcome for s in scored.scores] == ["correct", "correct"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see processes")
+def test_hostile_answers_among_ordinary_ones_cost_a_deadline_each_and_leave_nothing_behind():
+    hostile = ["9^{9^{9}}", "(10^{9})!", "7^{7^{7^{7}}}", r"\sum_{n=1}^{10^{12}} \sin n"]
+    here = psutil.Process()
+    with VerifierPool(RewardConfig(deadline_s=2.0, num_workers=2)) as pool:
+        pool.submit(make_group("2x", [respond("x+x")]))
+        list(pool.results())  # workers have started
+        start = time.monotonic()
+        for number, answer in enumerate(hostile):
+            ordinary = [respond("x+x+x"), respond("3x"), respond("4")]
+            pool.submit(make_group("3x", [respond(answer), *ordinary], str(number)))
+        groups = list(pool.results())
+        assert time.monotonic() - start < 2.0 * len(hostile) + 15  # on a busy machine
+    for group in groups:
+        outcomes = [score.verdict.outcome for score in group.scores]
+        assert outcomes[0] != "correct" and outcomes[1:] == ["correct", "correct", "wrong"]
+    assert sum(g.scores[0].verdict.outcome == "could_not_judge" for g in groups) >= 2
+    left = {child.pid for child in here.children(recursive=True)}
+    with VerifierPool(RewardConfig(deadline_s=1.0, num_workers=2)) as pool:
+        pool.submit(make_group("3x", [respond("9^{9^{9}}"), respond("x+x+x")]))
+        list(pool.results())
+    # The fork server and Python's resource tracker stay: the same ones.
+    assert {child.pid for child in here.children(recursive=True)} <= left
+    assert len(left) <= 2
+
+
+def test_one_answer_of_a_group_is_judged_once():
+    with VerifierPool(RewardConfig()) as pool:
+        texts = [respond("6"), "no tags " + respond("6"), respond("5")]
+        pool.submit(make_group("5", texts))
+        (_, judgements) = pool._submitted[0]
+        (group,) = pool.results()
+    assert judgements[0] is judgements[1] and len({id(j) for j in judgements}) == 2
+    assert [s.reward for s in group.scores] == [1.0, 0.0, 2.0]
+
+
+def test_verdicts_are_counted_by_outcome_and_by_why_none_was_possible():
+    nan, reasons = (
+        math.nan,
+        [
+            *("empty gold", "gold is not mathematics", "deadline of 1 s passed"),
+            *("verifier worker died", "judge: time-out", "verifier failed: TypeError"),
+        ],
+    )
+    scores = [ScoredRollout(Verdict("could_not_judge", reason), True, nan) for reason in reasons]
+    scores += [ScoredRollout(Verdict("correct", "equal"), True, 2.0)] * 2
+    scores += [ScoredRollout(Verdict("wrong", "different numbers"), True, 1.0)]
+    group = ScoredGroup(make_group("5", [""] * len(scores)), tuple(scores))
+    metrics = group_metrics(group_sums([group]), 1.0)
+    verdicts = {key[9:]: value for key, value in metrics.items() if key.startswith("verdicts/")}
+    assert verdicts == {
+        **{"correct": 2, "wrong": 1, "could_not_judge": 6, "unjudged_gold": 2},
+        **{"unjudged_deadline": 1, "unjudged_judge": 1, "unjudged_verifier": 2},
+    }
+    assert set(group_sums([])) == set(group_sums([group]))  # sums add over ranks
 
 
 MAIN = """

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
@@ -83,17 +83,19 @@ def prepare_worker(memory_bytes: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def judge_bounded(response: str, gold: str, deadline_s: float) -> tuple[Outcome, str]:
-    """In a worker: `judge_mathematics`, with a second bound, of CPU time, that needs no trainer."""
+def run_bounded(
+    judge: Callable[[str, str], tuple[Outcome, str]], response: str, gold: str, cpu_s: float
+) -> tuple[Outcome, str]:
+    """In a worker: judge, and be ended by the kernel after `cpu_s` of CPU time, rounded up."""
     import resource
 
-    end_s = math.ceil(time.process_time() + 2 * deadline_s) + 1
+    end_s = math.ceil(time.process_time() + cpu_s)
     resource.setrlimit(resource.RLIMIT_CPU, (end_s, resource.RLIM_INFINITY))
-    return judge_mathematics(response, gold)
+    return judge(response, gold)
 
 
 class _Judgement:
-    """One response on its way to a verdict: `verdict` if it was easy, else a `future` of `pool`.
+    """One answer on its way to a verdict: `verdict` if it was easy, else a `future` of `pool`.
 
     `second` is the judge's, where it is asked.
     """
@@ -139,9 +141,15 @@ class VerifierPool:
         A response with finish_reason "length" is judged as it stands: an unfinished answer has no
         complete `<answer>` block, so it is wrong and not well formed.
         """
-        gold = group.prompt.answer
-        judgements = [_Judgement(rollout.text, gold) for rollout in group.rollouts]
-        for judgement in judgements:
+        gold, by_answer = group.prompt.answer, {}
+        judgements = []
+        for rollout in group.rollouts:
+            answer = extract_answer(rollout.text)
+            if answer in by_answer:  # a group often has one answer several times
+                judgements.append(by_answer[answer])
+                continue
+            judgement = by_answer[answer] = _Judgement(rollout.text, gold)
+            judgements.append(judgement)
             if judgement.verdict is None:
                 self._schedule(judgement)
             else:
@@ -192,7 +200,7 @@ class VerifierPool:
         if self._judge and judgement.second:
             outcome, reason = self._judge.result(judgement.second)
         repetition, overlong = self._penalties(rollout)
-        formatted = is_well_formed(judgement.response)
+        formatted = is_well_formed(rollout.text)
         reward = self._config.format_weight * formatted
         reward += self._config.accuracy_weight * (outcome == "correct")
         reward -= repetition + overlong
@@ -260,8 +268,11 @@ class VerifierPool:
             )
         judgement.pool = self._pool
         judgement.future = self._pool.schedule(
-            judge_bounded,
-            args=(judgement.response, judgement.gold, self._config.deadline_s),
+            run_bounded,
+            args=(
+                *(judge_mathematics, judgement.response, judgement.gold),
+                2 * self._config.deadline_s,
+            ),
             timeout=self._config.deadline_s,
         )
 
