@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # at run time these would import torch or omegaconf into ever
     from megatron_mmr1.types import Outcome, Rollout, RolloutGroup, ScoredGroup, ScoredRollout
 
 WORKER_MEMORY_BYTES = 4 * 2**30
-START_LIMIT_S = 60.0  # the first worker starts in 3 s; on a busy machine in more
+START_LIMIT_S = 120.0  # the first worker starts in 3 s; on a busy machine in more
 
 _start_lock = threading.Lock()
 
@@ -141,8 +141,9 @@ class VerifierPool:
         A response with finish_reason "length" is judged as it stands: an unfinished answer has no
         complete `<answer>` block, so it is wrong and not well formed.
         """
-        gold, by_answer = group.prompt.answer, {}
-        judgements = []
+        gold = group.prompt.answer
+        by_answer: dict[str | None, _Judgement] = {}
+        judgements: list[_Judgement] = []
         for rollout in group.rollouts:
             answer = extract_answer(rollout.text)
             if answer in by_answer:  # a group often has one answer several times
