@@ -194,24 +194,24 @@ def test_the_pool_goes_on_after_its_idle_worker_is_killed(warm_pool):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see processes")
 def test_hostile_answers_among_ordinary_ones_cost_a_deadline_each_and_leave_nothing_behind():
-    hostile = ["9^{9^{9}}", "(10^{9})!", "7^{7^{7^{7}}}", r"\sum_{n=1}^{10^{12}} \sin n"]
+    hostile = ["9^{9^{9}}", "8^{9^{9}}", "7^{9^{9}}", "6^{9^{9}}"]
     here = psutil.Process()
     with VerifierPool(RewardConfig(deadline_s=2.0, num_workers=2)) as pool:
         pool.submit(make_group("2x", [respond("x+x")]))
         list(pool.results())  # workers have started
         start = time.monotonic()
         for number, answer in enumerate(hostile):
-            ordinary = [respond("x+x+x"), respond("3x"), respond("4")]
-            pool.submit(make_group("3x", [respond(answer), *ordinary], str(number)))
+            ordinary = [respond(r"\log_2 32"), respond("5"), respond(r"\log_2 16")]
+            pool.submit(make_group("5", [respond(answer), *ordinary], str(number)))
         groups = list(pool.results())
         assert time.monotonic() - start < 2.0 * len(hostile) + 15  # on a busy machine
     for group in groups:
         outcomes = [score.verdict.outcome for score in group.scores]
         assert outcomes[0] != "correct" and outcomes[1:] == ["correct", "correct", "wrong"]
-    assert sum(g.scores[0].verdict.outcome == "could_not_judge" for g in groups) >= 2
+    assert sum(g.scores[0].verdict.outcome == "could_not_judge" for g in groups) >= 3
     left = {child.pid for child in here.children(recursive=True)}
     with VerifierPool(RewardConfig(deadline_s=1.0, num_workers=2)) as pool:
-        pool.submit(make_group("3x", [respond("9^{9^{9}}"), respond("x+x+x")]))
+        pool.submit(make_group("5", [respond("9^{9^{9}}"), respond(r"\log_2 32")]))
         list(pool.results())
     # The fork server and Python's resource tracker stay: the same ones.
     assert {child.pid for child in here.children(recursive=True)} <= left

@@ -42,7 +42,7 @@ FIRST_SIGHT = (
     "210 false -; released 74 of 231 and 95 of 210. The table is today's, after changes."
 )
 NOT_ORDINARY = ("pathological", "broken_gold")
-HOSTILE = ("9^{9^{9}}", "(10^{9})!", "7^{7^{7^{7}}}", r"\lfloor \pi^{\pi^{\pi^{\pi}}} \rfloor")
+HOSTILE = ("9^{9^{9}}", "8^{9^{9}}", "7^{9^{9}}", "6^{9^{9}}")
 Row = dict[str, Any]
 Verdicts = Sequence[tuple[str, str]]
 
@@ -170,14 +170,10 @@ def speed(rows: Sequence[Row], num_workers: int) -> str:
         by_gold.setdefault(row["gold"], []).append(row["response"])
     groups = [(gold, [texts[i % len(texts)] for i in range(8)]) for gold, texts in by_gold.items()]
     num_easy = sum(accuracy.judge_quickly(r["response"], r["gold"]) is not None for r in rows)
-    with VerifierPool(RewardConfig(num_workers=num_workers, deadline_s=10.0)) as pool:
-        _seconds(pool, [("2x", [f"<answer>\\boxed{{x+{i}x}}</answer>" for i in range(8)])])
-        once_s = _seconds(pool, [(row["gold"], [row["response"]]) for row in rows])
-        groups_s = _seconds(pool, groups)
     hostile = [("5", [f"<answer>\\boxed{{{text}}}</answer>"]) for text in HOSTILE]
-    with VerifierPool(RewardConfig(num_workers=num_workers, deadline_s=1.0)) as pool:
-        _seconds(pool, [("2x", [r"<answer>\boxed{x+x}</answer>"])])
-        hostile_s = _seconds(pool, hostile)
+    once_s = _seconds([(row["gold"], [row["response"]]) for row in rows], num_workers)
+    groups_s = _seconds(groups, num_workers)
+    hostile_s = _seconds(hostile, num_workers, deadline_s=1.0)
     return (
         f"{num_easy} of {len(rows)} ordinary answers need no worker. With {num_workers} workers: "
         f"{len(rows) / once_s:.0f} answers/s, each once; {8 * len(groups) / groups_s:.0f}/s in "
@@ -185,17 +181,24 @@ def speed(rows: Sequence[Row], num_workers: int) -> str:
     )
 
 
-def _seconds(pool: VerifierPool, groups: Sequence[tuple[str, Sequence[str]]]) -> float:
-    from megatron_mmr1 import types  # noqa: F401  (imports torch; not to be timed)
+def _seconds(
+    groups: Sequence[tuple[str, Sequence[str]]], num_workers: int, deadline_s: float = 10.0
+) -> float:
+    """Time (gold, responses) through a new pool whose workers have started."""
+    with VerifierPool(RewardConfig(num_workers=num_workers, deadline_s=deadline_s)) as pool:
+        _submit(pool, "2x", [f"<answer>\\boxed{{x+{i}x}}</answer>" for i in range(8)])
+        list(pool.results())
+        start = time.perf_counter()
+        for gold, texts in groups:
+            _submit(pool, gold, texts)
+        list(pool.results())
+        return time.perf_counter() - start
 
-    start = time.perf_counter()
-    for gold, texts in groups:
-        rollouts = [SimpleNamespace(text=text, token_ids=()) for text in texts]
-        group: Any = SimpleNamespace(prompt=SimpleNamespace(answer=gold), rollouts=rollouts)
-        pool.submit(group)
-    for _ in pool.results():
-        pass
-    return time.perf_counter() - start
+
+def _submit(pool: VerifierPool, gold: str, texts: Sequence[str]) -> None:
+    rollouts = [SimpleNamespace(text=text, token_ids=()) for text in texts]
+    group: Any = SimpleNamespace(prompt=SimpleNamespace(answer=gold), rollouts=rollouts)
+    pool.submit(group)
 
 
 def _share(number: int, total: int) -> str:
