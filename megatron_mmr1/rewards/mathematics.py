@@ -180,7 +180,7 @@ def _differ_somewhere(first: Any, second: Any) -> bool:
         return False
     names = sorted({str(symbol) for symbol in symbols})
     place = {name: Rational(7 * i + 11, 3 * i + 8) for i, name in enumerate(names)}
-    point = {symbol: place[str(symbol)] for symbol in symbols}
+    point: dict[Any, Any] = {symbol: place[str(symbol)] for symbol in symbols}
     values = [side.evalf(_DIGITS, subs=point) for side in (first, second)]
     if not all(value.is_Float or value.is_Rational for value in values):
         return False  # complex, undefined, or an unknown function
