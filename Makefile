@@ -56,12 +56,13 @@ parity-ci: $(STAMP)
 kernel-gates: $(STAMP)
 	$(BIN)/python tools/check_kernel_gates.py --markdown docs/kernel_gates.md
 
-# What can be measured on a CPU: packing and balance; the sampler; the memory of the output layer (5 GB); the
+# What can be measured on a CPU: packing and balance; the sampler; the verifier; the memory of the output layer (5 GB); the
 # converters against plain copies (6 GB of disk).
 bench: $(STAMP)
 	$(BIN)/python tools/measure_packing.py
 	$(BIN)/python tools/measure_sampling.py
 	$(BIN)/python tools/measure_diversity.py
+	$(BIN)/python tools/measure_verifier.py
 	$(BIN)/python tools/measure_head_memory.py
 	$(BIN)/python tools/measure_conversion.py
 

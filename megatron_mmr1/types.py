@@ -123,14 +123,22 @@ class ScoredRollout:
     """A verdict, the format check, and the scalar reward made of the two.
 
     Attributes:
-        reward: format_weight * is_well_formed + accuracy_weight * (outcome == "correct"). NaN when
-            the verdict is could_not_judge: such a response has no reward, leaves its group's
-            statistics and carries no loss.
+        reward: format_weight * is_well_formed + accuracy_weight * (outcome == "correct") less the
+            penalties. NaN when the verdict is could_not_judge: such a response has no reward,
+            leaves its group's statistics and carries no loss.
+        repetition_penalty, overlong_penalty: what they took off the reward (config.reward).
     """
 
     verdict: Verdict
     is_well_formed: bool
     reward: float
+    repetition_penalty: float = 0.0
+    overlong_penalty: float = 0.0
+
+    @property
+    def reward_before_penalties(self) -> float:
+        """The reward without penalties, rounded so that equal ones are equal."""
+        return round(self.reward + self.repetition_penalty + self.overlong_penalty, 6)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from megatron_mmr1.config.schema import RewardConfig
+from megatron_mmr1.observability.step_metrics import group_metrics, group_sums
 from megatron_mmr1.rewards import VerifierPool, extract_answer, is_well_formed, score
-from megatron_mmr1.types import Prompt, Rollout, RolloutGroup
+from megatron_mmr1.types import Prompt, Rollout, RolloutGroup, ScoredGroup, ScoredRollout, Verdict
 
 
 def respond(boxed: str) -> str:
@@ -163,15 +165,15 @@ def test_reward_is_the_weighted_sum_and_nan_where_nothing_could_be_judged():
 @pytest.fixture(scope="module")
 def warm_pool():
     with VerifierPool(RewardConfig(deadline_s=1.0)) as pool:
-        pool.submit(make_group("8", [respond("2^{3}")]))
+        pool.submit(make_group("2x", [respond("x+x")]))
         assert [s.verdict.outcome for s in next(pool.results()).scores] == ["correct"]
         yield pool
 
 
 def test_a_hung_answer_costs_the_deadline_and_the_pool_goes_on(warm_pool):
     start = time.monotonic()
-    warm_pool.submit(make_group("5", [respond("9^{9^{9}}"), respond(r"\frac{10}{2}")], "hung"))
-    warm_pool.submit(make_group("7", [respond("7"), respond("3+5")], "next"))
+    warm_pool.submit(make_group("5", [respond("9^{9^{9}}"), respond(r"\log_2 32")], "hung"))
+    warm_pool.submit(make_group("7", [respond("7"), respond(r"\log_2 8")], "next"))
     hung, following = warm_pool.results()
     assert time.monotonic() - start < 12  # 1 s, a new worker's imports, and room for a busy machine
     assert (hung.group.prompt.prompt_id, following.group.prompt.prompt_id) == ("hung", "next")
@@ -185,9 +187,67 @@ def test_a_hung_answer_costs_the_deadline_and_the_pool_goes_on(warm_pool):
 def test_the_pool_goes_on_after_its_idle_worker_is_killed(warm_pool):
     for pid in list(warm_pool._pool._pool_manager.worker_manager.workers):
         os.kill(pid, signal.SIGKILL)
-    warm_pool.submit(make_group("8", [respond("2^{3}"), respond("8")]))
+    warm_pool.submit(make_group("2x", [respond("x+x"), respond("2x")]))
     (scored,) = warm_pool.results()
     assert [s.verdict.outcome for s in scored.scores] == ["correct", "correct"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see processes")
+def test_hostile_answers_among_ordinary_ones_cost_a_deadline_each_and_leave_nothing_behind():
+    hostile = ["9^{9^{9}}", "8^{9^{9}}", "7^{9^{9}}", "6^{9^{9}}"]
+    here = psutil.Process()
+    before = {child.pid for child in here.children(recursive=True)}
+    with VerifierPool(RewardConfig(deadline_s=2.0, num_workers=2)) as pool:
+        pool.submit(make_group("2x", [respond("x+x")]))
+        list(pool.results())  # workers have started
+        start = time.monotonic()
+        for number, answer in enumerate(hostile):
+            ordinary = [respond(r"\log_2 32"), respond("5"), respond(r"\log_2 16")]
+            pool.submit(make_group("5", [respond(answer), *ordinary], str(number)))
+        groups = list(pool.results())
+        assert time.monotonic() - start < 2.0 * len(hostile) + 15  # on a busy machine
+    for group in groups:
+        outcomes = [score.verdict.outcome for score in group.scores]
+        assert outcomes[0] != "correct" and outcomes[1:] == ["correct", "correct", "wrong"]
+    assert sum(g.scores[0].verdict.outcome == "could_not_judge" for g in groups) >= 3
+    left = {child.pid for child in here.children(recursive=True)}
+    with VerifierPool(RewardConfig(deadline_s=1.0, num_workers=2)) as pool:
+        pool.submit(make_group("5", [respond("9^{9^{9}}"), respond(r"\log_2 32")]))
+        list(pool.results())
+    # The fork server and Python's resource tracker stay: the same ones.
+    assert {child.pid for child in here.children(recursive=True)} <= left
+    assert len(left - before) <= 2
+
+
+def test_one_answer_of_a_group_is_judged_once():
+    with VerifierPool(RewardConfig()) as pool:
+        texts = [respond("6"), "no tags " + respond("6"), respond("5")]
+        pool.submit(make_group("5", texts))
+        (_, judgements) = pool._submitted[0]
+        (group,) = pool.results()
+    assert judgements[0] is judgements[1] and len({id(j) for j in judgements}) == 2
+    assert [s.reward for s in group.scores] == [1.0, 0.0, 2.0]
+
+
+def test_verdicts_are_counted_by_outcome_and_by_why_none_was_possible():
+    nan, reasons = (
+        math.nan,
+        [
+            *("empty gold", "gold is not mathematics", "deadline of 1 s passed"),
+            *("verifier worker died", "judge: time-out", "verifier failed: TypeError"),
+        ],
+    )
+    scores = [ScoredRollout(Verdict("could_not_judge", reason), True, nan) for reason in reasons]
+    scores += [ScoredRollout(Verdict("correct", "equal"), True, 2.0)] * 2
+    scores += [ScoredRollout(Verdict("wrong", "different numbers"), True, 1.0)]
+    group = ScoredGroup(make_group("5", [""] * len(scores)), tuple(scores))
+    metrics = group_metrics(group_sums([group]), 1.0)
+    verdicts = {key[9:]: value for key, value in metrics.items() if key.startswith("verdicts/")}
+    assert verdicts == {
+        **{"correct": 2, "wrong": 1, "could_not_judge": 6, "unjudged_gold": 2},
+        **{"unjudged_deadline": 1, "unjudged_judge": 1, "unjudged_verifier": 2},
+    }
+    assert set(group_sums([])) == set(group_sums([group]))  # sums add over ranks
 
 
 MAIN = """
@@ -198,9 +258,9 @@ from megatron_mmr1.config.schema import RewardConfig
 from megatron_mmr1.rewards.pool import VerifierPool
 
 if __name__ == "__main__":
-    response = Fake(text=r"<answer>\\boxed{2^3}</answer>")
+    response = Fake(text=r"<answer>\\boxed{x+x}</answer>")
     with VerifierPool(RewardConfig()) as pool:
-        pool.submit(Fake(prompt=Fake(answer="8"), rollouts=[response]))
+        pool.submit(Fake(prompt=Fake(answer="2x"), rollouts=[response]))
         print(pool._submitted[0][1][0].future.result()[0])
         (pid,) = pool._pool._pool_manager.worker_manager.workers
         print("libtorch" in Path(f"/proc/{pid}/maps").read_text())

@@ -140,12 +140,25 @@ class RolloutConfig(EngineConfig):
 
 @dataclass
 class RewardConfig:
-    """reward = format_weight * well formed + accuracy_weight * correct (paper, Table 6: both 1)."""
+    """reward = format_weight * well formed + accuracy_weight * correct - penalties.
+
+    The paper, Table 6: both weights 1. Penalties (rewards/penalties.py) are off at 0.
+    """
 
     format_weight: float = 1.0
     accuracy_weight: float = 1.0
     deadline_s: float = 10.0
     num_workers: int = 1
+    repetition_weight: float = 0.0  # times the share of n-grams that a response had before
+    repetition_ngram: int = 0
+    overlong_weight: float = 0.0  # times DAPO's soft overlong penalty
+    overlong_cache_tokens: int = 0  # the last ones before rollout.max_response_tokens
+    # A second judge, for what the rules can't judge (rewards/judge.py): the base of an
+    # OpenAI-compatible endpoint, such as http://host:8000/v1; "" = off.
+    judge_url: str = ""
+    judge_model: str = ""
+    judge_key_env: str = ""  # the environment variable that holds its key; "" = no key
+    judge_timeout_s: float = 30.0  # of one try
 
 
 @dataclass

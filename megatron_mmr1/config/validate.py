@@ -7,6 +7,7 @@ Reads file names only and changes nothing. Each function raises at the first fau
 from __future__ import annotations
 
 import math
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,6 +74,7 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     )
     _check_training_rollout(config.rollout)
     _check_reward(config.reward)
+    _check_penalties(config.reward, config.rollout.max_response_tokens)
     _check_algorithm(config.algorithm)
     steps_per_batch = config.algorithm.optimizer_steps_per_batch
     _check_optimizer(config.optimizer)
@@ -168,6 +170,10 @@ def validate_evaluate(config: EvaluateConfig) -> None:
         raise ValueError(f"output={config.output!r}: its folder does not exist; make it first")
     _check_engine(config.rollout)
     _check_reward(config.reward)
+    keys = ("repetition_weight", "repetition_ngram", "overlong_weight", "overlong_cache_tokens")
+    for key in keys:
+        value = getattr(config.reward, key)
+        _require(value == 0, f"reward.{key}", value, "has no effect in an evaluation; remove it")
     check_source("data", config.data)
     check_model_folder(config.model, "model")
     check_module("vllm")
@@ -413,6 +419,41 @@ def _check_reward(config: RewardConfig) -> None:
     )
     _positive("reward.deadline_s", config.deadline_s)
     _at_least("reward.num_workers", config.num_workers, 1)
+    _check_judge(config)
+
+
+def _check_penalties(config: RewardConfig, max_response_tokens: int) -> None:
+    for name, size in (("repetition", "ngram"), ("overlong", "cache_tokens")):
+        weight_key, size_key = f"reward.{name}_weight", f"reward.{name}_{size}"
+        weight, value = getattr(config, f"{name}_weight"), getattr(config, f"{name}_{size}")
+        _at_least(weight_key, weight, 0)
+        _require(weight < math.inf, weight_key, weight, "is not finite; use a smaller number")
+        _at_least(size_key, value, 0)
+        why = f"has no effect with {weight_key}=0; raise that or remove this"
+        _require(weight > 0 or value == 0, size_key, value, why)
+        why = (
+            f"is not from 1 to rollout.max_response_tokens={max_response_tokens}, which "
+            f"{weight_key}={weight!r} needs; set it"
+        )
+        _require(weight == 0 or 1 <= value <= max_response_tokens, size_key, value, why)
+
+
+def _check_judge(config: RewardConfig) -> None:
+    _positive("reward.judge_timeout_s", config.judge_timeout_s)
+    if not config.judge_url:
+        for key in ("judge_model", "judge_key_env"):
+            value = getattr(config, key)
+            why = "has no effect without reward.judge_url; set that or remove this"
+            _require(value == "", f"reward.{key}", value, why)
+        return
+    is_url = re.match(r"https?://[^/\s]+", config.judge_url) is not None
+    why = "is no address; use one like http://host:8000/v1"
+    _require(is_url, "reward.judge_url", config.judge_url, why)
+    why = "names no model for reward.judge_url; give the name that the endpoint serves it under"
+    _require(config.judge_model != "", "reward.judge_model", config.judge_model, why)
+    key = config.judge_key_env
+    why = "is no environment variable here; export it, with the key as its value"
+    _require(key == "" or key in os.environ, "reward.judge_key_env", key, why)
 
 
 def _check_algorithm(config: AlgorithmConfig) -> None:

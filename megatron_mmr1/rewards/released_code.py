@@ -7,8 +7,12 @@ the gold after a rough clean-up, contains it or is contained in it (short texts)
 words, or if math-verify finds it equal to a few decimals. That accepts "15" for "5" and a list of
 all candidates for any of them.
 
-Left out: its spelling tables for geometry signs, and partial credit (0.1, 0.5), which counts as
-wrong here.
+It is the same in substance and not line by line. The same: where candidates come from and that
+three are tried, the substring and shared-word rules, units and number words that are cleaned away,
+the comparison by option letters, math-verify as the last resort and what it tolerates. Not the
+same: its spelling tables for geometry signs are left out; partial credit (0.1, 0.5) counts as
+wrong; math-verify is this project's version, without its own timers; one regular expression often
+stands for several. So its figures here are of its rules, and not of its program.
 """
 
 from __future__ import annotations

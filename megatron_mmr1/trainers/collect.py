@@ -146,8 +146,11 @@ def generate_and_judge(
 
 
 def has_variance(group: ScoredGroup) -> bool:
-    """Whether the rewards of a group differ, so that it has a gradient."""
-    rewards = {score.reward for score in group.scores if not math.isnan(score.reward)}
+    """Whether the rewards of a group differ, so that it has a gradient.
+
+    Penalties don't count: with them nearly every group has some variance, and none is refilled.
+    """
+    rewards = {s.reward_before_penalties for s in group.scores if not math.isnan(s.reward)}
     return len(rewards) > 1
 
 

@@ -98,7 +98,7 @@ def build_parts(
     )
     engine = engine or build_engine(config, processor)
     with (
-        VerifierPool(config.reward) as verifier,
+        VerifierPool(config.reward, config.rollout.max_response_tokens) as verifier,
         Statistician(config.sampler.diversity, config.rollout.max_response_tokens) as statistician,
     ):
         yield Parts(

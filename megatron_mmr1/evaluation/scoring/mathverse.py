@@ -23,7 +23,7 @@ from megatron_mmr1.evaluation.questions import Question, Score
 from megatron_mmr1.evaluation.scoring.shared import as_score, letters, plain, verify
 
 # Reasons of rewards/accuracy.py that no reader would overrule, if the gold has no letters.
-_DECIDED = {"different numbers", "different mathematics", "empty box"}
+_DECIDED = {"different numbers", "different constants", "different mathematics", "empty box"}
 # "Area $=9 \\pi$", "$$r=7.00$$": the name of the quantity, which an answer need not repeat.
 _NAME = re.compile(r"[A-Za-z. ]*\$*\s*[A-Za-z]?\s*=(?=[^=]+$)")
 _UNIT = re.compile(
