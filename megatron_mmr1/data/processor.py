@@ -175,7 +175,7 @@ class PromptProcessor:
         if isinstance(self._images, NoImages) and num_images:
             raise self._images.refusal()
         messages = [
-            {"role": turn.role, "content": turn.text if is_blind else _parts(turn.text)}
+            {"role": turn.role, "content": turn.text if is_blind else content_parts(turn.text)}
             for turn in turns
         ]
         return self._processor.apply_chat_template(
@@ -226,7 +226,7 @@ class PromptProcessor:
         return torch.tensor([*token_ids, self.end_of_turn_id])
 
 
-def _parts(text: str) -> list[dict[str, str]]:
+def content_parts(text: str) -> list[dict[str, str]]:
     """Cut a turn at its `<image>` tags, for a chat template."""
     first, *others = text.split(IMAGE_TAG)
     parts = [{"type": "text", "text": first}] if first else []
