@@ -43,9 +43,7 @@ def settled(config: EvaluateConfig) -> EvaluateConfig:
         ValueError: an unknown benchmark, or one whose data only the user can name.
     """
     if config.benchmark not in USUAL:
-        raise ValueError(
-            f"benchmark={config.benchmark!r} is unknown; use {' or '.join(USUAL)}"
-        )
+        raise ValueError(f"benchmark={config.benchmark!r} is unknown; use {' or '.join(USUAL)}")
     usual = USUAL[config.benchmark]
     if config.data is None and usual.data is None:
         raise ValueError(

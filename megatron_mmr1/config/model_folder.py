@@ -89,7 +89,7 @@ def check_model_folder(folder: str | Path, key: str = "model.path") -> None:
 
 
 def is_megatron_checkpoint(folder: str | Path) -> bool:
-    """Whether a folder is RUN/checkpoints/step_N, or what tools/convert_hf_to_megatron.py writes."""
+    """Whether a folder is a training checkpoint, or of tools/convert_hf_to_megatron.py."""
     folder = Path(folder)
     return any((part / "metadata.json").is_file() for part in (folder, folder / "megatron"))
 

@@ -7,6 +7,7 @@ other vision-language model gets its chat-templated text and pictures through vL
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -192,12 +193,13 @@ def room_of(folder: Path, config: EvaluateConfig) -> tuple[int, EngineConfig]:
 
 
 def identity_of(folder: Path) -> str:
-    """Return what changes when a file of the model does: names, sizes and times of its files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return "; ".join(
-        f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}"
-        for path in files
-    )
+    """Return what changes when a file of the model does: a hash of names, sizes and times."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        status = path.stat()
+        line = f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        digest.update(line.encode())
+    return digest.hexdigest()[:16]
 
 
 def _check_needs_no_code(content: dict[str, Any], model: str) -> None:

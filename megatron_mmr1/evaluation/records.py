@@ -1,9 +1,9 @@
 """Rows of the benchmarks to `Question`s; a bad row is set aside with its id and the reason.
 
 Owns the columns, as the public files name them: the benchmarks' own JSON, their Hugging Face
-parquet, VLMEvalKit's TSV; and those of the embedded task, which are MMR1-RL's. Every image is decoded once, to find broken ones before a model waits for
-them; the question keeps the encoded file. Does not own the formats (formats.py) or the limits of
-images (data/images.py).
+parquet, VLMEvalKit's TSV; and those of the embedded task, which are MMR1-RL's. Every image is
+decoded once, to find broken ones before a model waits for them; the question keeps the encoded
+file. Does not own the formats (formats.py) or the limits of images (data/images.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_mmr1.evaluation.questions import Extracted, Question, Score, Scores
-from megatron_mmr1.evaluation.scoring import chartqa, digits, logicvista, mathverse, mathvision, mathvista
+from megatron_mmr1.evaluation.scoring import (
+    chartqa,
+    digits,
+    logicvista,
+    mathverse,
+    mathvision,
+    mathvista,
+)
 
 Rule = Callable[[str, Question], Score]
 
