@@ -25,6 +25,7 @@ from megatron_mmr1.config.validate import validate_evaluate
 if TYPE_CHECKING:
     from megatron_mmr1.evaluation.generation import Contents
     from megatron_mmr1.evaluation.journal import Journal
+    from megatron_mmr1.evaluation.models import Model
     from megatron_mmr1.evaluation.questions import Answered
 
 CONVERTER = Path(__file__).resolve().parents[1] / "tools" / "convert_megatron_to_hf.py"
@@ -33,8 +34,18 @@ CONVERTED = "converted_model"  # removed at the end
 
 
 def main() -> None:
-    """Check, read, generate, score, write, print."""
-    config = load_config(EvaluateConfig, "evaluate", sys.argv[1:])
+    """Evaluate as the command line says."""
+    run(sys.argv[1:])
+
+
+def run(argv: list[str], model: Model | None = None) -> Path:
+    """Check, read, generate, score, write, print; return the output folder.
+
+    Args:
+        model: answers in place of the engine that `model=` would start, which several evaluations
+            in one process can share.
+    """
+    config = load_config(EvaluateConfig, "evaluate", argv)
     validate_evaluate(config)
     config = settled(config)
     # A single file of responses beside the folder, for the embedded task.
@@ -47,12 +58,13 @@ def main() -> None:
     from megatron_mmr1 import device
 
     device.prepare_process()
-    answered = evaluate(config, folder)
+    answered = _evaluate(config, folder, model)
     if responses_file:
         _write_responses(Path(responses_file), answered)
+    return folder
 
 
-def evaluate(config: EvaluateConfig, folder: Path) -> list[Answered]:
+def _evaluate(config: EvaluateConfig, folder: Path, model: Model | None) -> list[Answered]:
     """Evaluate a settled config into a folder that `open_evaluation_dir` made.
 
     Raises:
@@ -74,7 +86,7 @@ def evaluate(config: EvaluateConfig, folder: Path) -> list[Answered]:
     num_done, total = len(journal.replies), len(contents.questions)
     print(f"{total} questions, {len(contents.bad_rows)} bad rows, {num_done} answered before")
     if num_done < total:
-        _generate(config, folder, reader, journal, contents)
+        _generate(config, folder, reader, journal, contents, model)
     journal.close()
     refused = generation.refused_rows(contents, journal)
     _write_bad_rows(folder, config, contents, journal)
@@ -91,8 +103,9 @@ def _generate(
     reader: Any,
     journal: Journal,
     contents: Contents,
+    model: Model | None,
 ) -> None:
-    """Start the engine and answer what is not answered yet."""
+    """Start the engine, unless there is one, and answer what is not answered yet."""
     from megatron_mmr1.evaluation import generation
     from megatron_mmr1.evaluation.models import open_model
     from megatron_mmr1.observability.progress import Progress
@@ -105,7 +118,7 @@ def _generate(
         config.seed,
         step=0,
     )
-    model = open_model(_as_hf_folder(config, folder), config)
+    answering = model or open_model(_as_hf_folder(config, folder), config)
 
     def check() -> None:
         refused = generation.refused_rows(contents, journal)
@@ -115,7 +128,9 @@ def _generate(
     total, done = len(contents.questions), len(journal.replies)
     is_brief = not sys.stdout.isatty()
     with Progress(total, done, config.benchmark, fields={}, is_brief=is_brief) as bar:
-        generation.generate(reader, model, journal, sampling, lambda n: bar.update(n, {}), check)
+        generation.generate(
+            reader, answering, journal, sampling, lambda n: bar.update(n, {}), check
+        )
 
 
 def _as_hf_folder(config: EvaluateConfig, folder: Path) -> Path:
