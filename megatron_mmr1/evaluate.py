@@ -78,7 +78,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, model: Model | None) -> list
 
     assert config.data is not None
     reader: Any = QuestionReader(config.benchmark, config.data)  # pyright: ignore[reportArgumentType]
-    contents = generation.read_contents(reader, lambda done: None)
+    contents = generation.read_contents(reader)
     _write_bad_rows(folder, config, contents, None)
     generation.check_bad_share(contents, [], config.max_bad_share)
     journal = Journal(folder, identity_of(Path(config.model)))

@@ -15,8 +15,7 @@ from megatron_mmr1 import device
 
 device.prepare_process()
 
-from helpers import png
-from test_benchmarks import mathverse_row, mathvista_row, write_parquet
+from test_benchmarks import mathverse_row, mathvista_row, picture, write_parquet
 
 from megatron_mmr1 import evaluate
 from megatron_mmr1.cli import load_config
@@ -51,7 +50,7 @@ class Counting:
 
 def write_data(folder: Path) -> None:
     """Six MathVista rows, LogicVista with three bad rows of five, MathVerse's two kinds."""
-    image = {"bytes": png(56, 56, 1), "path": None}
+    image = {"bytes": picture(1), "path": None}
     choice = {"question_type": "multi_choice", "answer_type": "text", "unit": None}
     rows = [mathvista_row(str(n), decoded_image=image) for n in range(1, 4)]
     rows.append(mathvista_row("4", decoded_image=image, choices=["<b>1</b>", "2"], answer="2"))
@@ -60,8 +59,8 @@ def write_data(folder: Path) -> None:
     rows.append(mathvista_row("long", decoded_image=image, question="Largest digit? " * 150))
     write_parquet(folder / "mathvista.parquet", rows)
     (folder / "images").mkdir()
-    (folder / "images" / "a.png").write_bytes(png(84, 56, 2))
-    (folder / "images" / "broken.png").write_bytes(png(84, 56, 2)[:200])
+    (folder / "images" / "a.png").write_bytes(picture(2))
+    (folder / "images" / "broken.png").write_bytes(picture(2)[:60])
     row = {"imagename": "a.png", "question": "Which?", "answer": "C", "skill": ["inductive"]}
     logic = {
         "v1": row,
@@ -117,6 +116,7 @@ def main(folder: Path, model_folder: Path) -> None:
     found["other seed"] = refusal("output=cut", "rollout.temperature=1.0", "seed=4")
     shutil.copytree("interrupted", "other_model")
     copy = shutil.copytree(model_folder, folder / "copy")
+    os.utime(copy / "model.safetensors", (0, 0))
     saved = Path("other_model/config.yaml").read_text().replace(str(model_folder), str(copy))
     Path("other_model/config.yaml").write_text(saved)
     found["other weights"] = refusal("output=other_model", *SAMPLED, f"model={copy}")

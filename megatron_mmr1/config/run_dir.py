@@ -7,9 +7,7 @@ they do not mix with the GRPO runs of the experiment of the same name; an evalua
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import os
 import re
 from datetime import UTC, datetime
@@ -96,23 +94,31 @@ def open_evaluation_dir(config: EvaluateConfig) -> Path:
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     if config.output is not None:
         folder = Path(config.output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_file():
+            raise ValueError(f"output={config.output!r} is a file; give a folder")
+        if folder.is_dir() and any(folder.iterdir()):
             _check_same_config(folder, text, _MAY_DIFFER_IN_EVALUATION, "output=")
             return folder
     else:
         assert config.name is not None
-        first = Path("outputs") / "evaluate" / config.benchmark / config.name
-        numbered = (first.with_name(f"{first.name}-{n}") for n in itertools.count(2))
-        for folder in itertools.chain([first], numbered):
-            if not folder.exists():
-                break
-            if not (folder / "summary.json").exists() and (folder / CONFIG_FILE).is_file():
-                with contextlib.suppress(ValueError):
-                    _check_same_config(folder, text, _MAY_DIFFER_IN_EVALUATION)
-                    return folder
+        base, number = Path("outputs") / "evaluate" / config.benchmark / config.name, 1
+        folder = base
+        while folder.exists():
+            if not (folder / "summary.json").exists() and _has_same_config(folder, text):
+                return folder
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     _save_config(folder, text)
     return folder
+
+
+def _has_same_config(folder: Path, text: str) -> bool:
+    try:
+        _check_same_config(folder, text, _MAY_DIFFER_IN_EVALUATION)
+    except ValueError:
+        return False
+    return True
 
 
 def _save_config(folder: Path, text: str) -> None:

@@ -43,11 +43,8 @@ class Contents:
     thumbnails: dict[str, tuple[bytes, ...]]
 
 
-def read_contents(reader: QuestionReader, on_question: Callable[[int], None]) -> Contents:
+def read_contents(reader: QuestionReader, num_thumbnails: int = NUM_THUMBNAILS) -> Contents:
     """Read and check everything.
-
-    Args:
-        on_question: told how many questions were read.
 
     Raises:
         ValueError: the source can't be read, or has no usable row.
@@ -62,12 +59,11 @@ def read_contents(reader: QuestionReader, on_question: Callable[[int], None]) ->
         digests[question.question_id] = digest
         questions.append(replace(question, images=()))
         key = -int(digest, 16)
-        if question.images and (len(kept) < NUM_THUMBNAILS or key > kept[0][0]):
+        if question.images and (len(kept) < num_thumbnails or key > kept[0][0]):
             images = tuple(thumbnail(data) for data in question.images)
             heapq.heappush(kept, (key, question.question_id, images))
-            if len(kept) > NUM_THUMBNAILS:
+            if len(kept) > num_thumbnails:
                 heapq.heappop(kept)
-        on_question(len(questions))
     thumbnails = {question_id: images for _, question_id, images in kept}
     return Contents(questions, prompts, digests, list(reader.bad_rows), thumbnails)
 
