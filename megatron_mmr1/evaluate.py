@@ -237,6 +237,7 @@ def _write_responses(path: Path, answered: list[Answered]) -> None:
             }
         )
     lines = [json.dumps(record) + "\n" for record in groups.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
     print(f"responses: {path}")
 

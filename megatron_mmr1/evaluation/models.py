@@ -137,6 +137,9 @@ class _ChatModel:
         if text.count(IMAGE_TAG) != len(question.images):
             num_tags = text.count(IMAGE_TAG)
             raise ValueError(f"{num_tags} {IMAGE_TAG} tags for {len(question.images)} images")
+        placeholder = getattr(self._processor, "image_token", None)
+        if placeholder and placeholder in text:
+            raise ValueError(f"the text holds the image token {placeholder}")
         messages = [{"role": "user", "content": content_parts(text)}]
         text = self._processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True

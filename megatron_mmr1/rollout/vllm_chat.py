@@ -61,7 +61,7 @@ class VllmChatEngine(VllmEngine):
                     _sampling_params(sampling, prompt),
                     tokenization_kwargs={"add_special_tokens": False},
                 )
-            except VLLMValidationError as error:
+            except (VLLMValidationError, ValueError) as error:  # of this prompt alone
                 yield ChatAnswer(prompt.prompt_id, (), str(error))
                 continue
             waiting[request_id] = prompt.prompt_id
