@@ -27,6 +27,7 @@ from megatron_mmr1.evaluation.models import Model, Prepared, open_model
 from megatron_mmr1.rollout.engine import Sampling
 
 SETTINGS = ["rollout.max_response_tokens=12", "max_prompt_tokens=200", "max_bad_share=0.5"]
+SETTINGS += ["reward.deadline_s=300"]  # of a busy machine, too
 SAMPLED = ["rollout.temperature=1.0", "seed=3"]
 
 

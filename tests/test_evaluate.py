@@ -24,9 +24,10 @@ from megatron_mmr1.evaluation import generation
 from megatron_mmr1.evaluation.comparison import Run, check_comparable, compare_runs, table_of
 from megatron_mmr1.evaluation.generation import read_contents
 from megatron_mmr1.evaluation.journal import Journal, Reply, Response
-from megatron_mmr1.evaluation.outcome import score_replies, summarize
-from megatron_mmr1.evaluation.questions import Answered
+from megatron_mmr1.evaluation.outcome import summarize
+from megatron_mmr1.evaluation.questions import Answered, Question
 from megatron_mmr1.evaluation.records import QuestionReader
+from megatron_mmr1.evaluation.scoring import extract, score
 from megatron_mmr1.evaluation.statistics import compare
 from megatron_mmr1.evaluation.thumbnails import MAX_SIDE, thumbnail
 from megatron_mmr1.evaluation.writers import read_samples, write_lmms_samples
@@ -170,21 +171,26 @@ def test_digits_are_read_as_they_are_trained_on(tmp_path: Path):
     assert list(contents.thumbnails) == ["a"]
 
 
-def test_digits_have_the_rule_of_their_training(tmp_path: Path):
-    image = {"bytes": picture(), "path": None}
-    row = {"id": "a", "problem": "<image>Sum?", "answer": "8", "images": [image]}
-    reader = QuestionReader("digits", write_parquet(tmp_path / "a.parquet", [row]))
-    contents = read_contents(reader)
-    journal = Journal(tmp_path, "weights")
+def test_digits_have_the_rule_of_their_training():
+    question = Question("digits", "a", "<image>Sum?", "8", "text", cluster="a")
     right = "<think>3+5=8</think><answer>\\boxed{8}</answer>"
     texts = (right, "\\boxed{8}", "<answer>\\boxed{7}</answer>", "<think>\\boxed{8}")
-    journal.add(reply("a", *texts, digest=contents.digests["a"]))
-    answered = score_replies(contents, journal, config_of().reward)
+    answered = []
+    for text in texts:
+        box = extract(text, "digits")
+        answered.append(Answered(question, "<image>Sum?", text, box, score(box, question)))
     assert [item.scores.strict.outcome for item in answered] == ["correct", *["wrong"] * 3]
     assert all(item.scores.strict == item.scores.compat for item in answered)
-    summary = summarize(answered, contents, 0)
+    summary = summarize(answered, generation.Contents([question], {}, {"a": "d"}, [], {}), 0)
     assert (summary["num_well_formed"], summary["overall"]["strict"]["value"]) == (1, 0.25)
-    json.dumps(summary, allow_nan=False)
+    json.dumps(summary, allow_nan=False)  # no NaN: one cluster has no interval
+
+
+def test_the_summary_says_why_answers_are_unscored():
+    answered = run("rwuu")
+    contents = generation.Contents([item.question for item in answered], {}, {}, [], {})
+    summary = summarize(answered, contents, 0)
+    assert summary["unscored_reasons"] == {"because": 2}
 
 
 def test_few_small_images_stay_in_memory(tmp_path: Path):

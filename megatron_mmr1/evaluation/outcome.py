@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ def summarize(answered: Sequence[Answered], contents: Contents, num_refused: int
     """Return the numbers of a run: plain values, null where there is none.
 
     `overall` and each value of `groups` hold `num_responses`, `num_cut_off` and one
-    `statistics.Accuracy` a rule.
+    `statistics.Accuracy` a rule; `unscored_reasons` counts the strict rule's most frequent ones.
     """
     members: dict[str, dict[str, list[Answered]]] = {}
     for item in answered:
@@ -69,12 +70,16 @@ def summarize(answered: Sequence[Answered], contents: Contents, num_refused: int
         }
         for group, values in sorted(members.items())
     }
+    reasons = Counter(
+        item.scores.strict.reason for item in answered if item.scores.strict.outcome == "unscored"
+    )
     questions = "\n".join(sorted(contents.digests.values()))
     return {
         "num_questions": len(contents.questions),
         "num_bad_rows": len(contents.bad_rows) + num_refused,
         "questions_sha256": hashlib.sha256(questions.encode()).hexdigest(),
         "num_well_formed": sum(is_well_formed(item.response) for item in answered),
+        "unscored_reasons": dict(reasons.most_common(5)),
         "overall": _counts(answered) | {rule: _plain(accuracy(answered, rule)) for rule in RULES},
         "groups": groups,
     }

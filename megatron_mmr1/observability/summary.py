@@ -55,6 +55,8 @@ def print_evaluation(summary: dict[str, Any], report: Path) -> None:
                 f"with them the accuracy lies between {accuracy['lowest']:.1%} and "
                 f"{accuracy['highest']:.1%}"
             )
+    for reason, count in summary["unscored_reasons"].items():
+        print(f"  strict, {count} x {reason}")
     if summary["num_bad_rows"]:
         print(f"{summary['num_bad_rows']} rows were set aside, see bad_rows.jsonl")
     if summary["benchmark"] == "digits":
