@@ -43,7 +43,8 @@ class Counting:
 
     def answer(self, prepared: Sequence[Prepared], sampling: Sampling) -> Iterator[Reply]:
         self.asked += [item.question_id for item in prepared]
-        for number, reply in enumerate(self._model.answer(prepared, sampling)):
+        # The engine comes to an end, as others share it.
+        for number, reply in enumerate(list(self._model.answer(prepared, sampling))):
             if number == self._last:
                 raise KeyboardInterrupt
             yield reply
