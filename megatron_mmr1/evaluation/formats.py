@@ -71,7 +71,7 @@ def read_hub(source: str, split: str, config: str | None) -> Iterator[Row]:
     """
     name, _, revision = source.partition("@")
     name, _, own_split = name.partition(":")
-    pinned = {"revision": revision} if revision else {}
+    pinned: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         import datasets
     except ImportError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class Journal:
         """Close the file."""
         self._file.close()
 
-    def _write(self, value: dict[str, object]) -> None:
+    def _write(self, value: Mapping[str, object]) -> None:
         self._file.write(json.dumps(value) + "\n")
         self._file.flush()
 
