@@ -88,6 +88,12 @@ def check_model_folder(folder: str | Path, key: str = "model.path") -> None:
         )
 
 
+def is_megatron_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder is a training checkpoint, or of tools/convert_hf_to_megatron.py."""
+    folder = Path(folder)
+    return any((part / "metadata.json").is_file() for part in (folder, folder / "megatron"))
+
+
 def read_index(path: Path) -> dict[str, Any]:
     """Return the index of a sharded model: `weight_map` from tensor to file, and metadata.
 

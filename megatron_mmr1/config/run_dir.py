@@ -1,7 +1,8 @@
-"""The run folder `outputs/EXPERIMENT/RUN/`: its name, its `config.yaml`, and who may write there.
+"""A run's folder, `outputs/EXPERIMENT/RUN/`: its name, its `config.yaml`, and who may write there.
 
 Owns no other file of the folder. A cold start's runs lie in `outputs/EXPERIMENT_sft/RUN/`, so that
-they do not mix with the GRPO runs of the experiment of the same name.
+they do not mix with the GRPO runs of the experiment of the same name; an evaluation's folder is
+`outputs/evaluate/BENCHMARK/NAME/`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_mmr1.config.schema import GrpoConfig, SftConfig
+from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, SftConfig
 
 CONFIG_FILE = "config.yaml"
 # Where a run lies, how it was started and over which processes it is laid change nothing that it
 # computes (but for float32 rounding).
 _MAY_DIFFER = re.compile(
     r"resume|output_dir|parallel\..*|max_tokens_per_microbatch|rollout\.tp_size"
+)
+_MAY_DIFFER_IN_EVALUATION = re.compile(
+    r"output|name|max_bad_share|rollout\.kv_cache_bytes|reward\..*"
 )
 
 
@@ -71,28 +75,76 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
             )
         _check_same_config(run_dir, text)
     else:
-        temporary = run_dir / f".{CONFIG_FILE}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, run_dir / CONFIG_FILE)
+        _save_config(run_dir, text)
     return run_dir
 
 
-def _check_same_config(run_dir: Path, text: str) -> None:
-    """Refuse to resume with another config than the one saved."""
+def open_evaluation_dir(config: EvaluateConfig) -> Path:
+    """Make an evaluation's folder with its `config.yaml`, or find an unfinished one again.
+
+    Without `config.output` it is outputs/evaluate/BENCHMARK/NAME. If that is finished, or was
+    begun with other settings, the next free one of NAME-2, NAME-3, ... is.
+
+    Args:
+        config: the settled config.
+
+    Raises:
+        ValueError: `config.output` is in use for something else, or with other settings.
+    """
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    if config.output is not None:
+        folder = Path(config.output)
+        if folder.is_file():
+            raise ValueError(f"output={config.output!r} is a file; give a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            _check_same_config(folder, text, _MAY_DIFFER_IN_EVALUATION, "output=")
+            return folder
+    else:
+        assert config.name is not None
+        base, number = Path("outputs") / "evaluate" / config.benchmark / config.name, 1
+        folder = base
+        while folder.exists():
+            if not (folder / "summary.json").exists() and _has_same_config(folder, text):
+                return folder
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_config(folder, text)
+    return folder
+
+
+def _has_same_config(folder: Path, text: str) -> bool:
+    try:
+        _check_same_config(folder, text, _MAY_DIFFER_IN_EVALUATION)
+    except ValueError:
+        return False
+    return True
+
+
+def _save_config(folder: Path, text: str) -> None:
+    temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / CONFIG_FILE)
+
+
+def _check_same_config(
+    run_dir: Path, text: str, may_differ: re.Pattern[str] = _MAY_DIFFER, key: str = "run="
+) -> None:
+    """Refuse to go on with another config than the one saved; `key` names the folder."""
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{run_dir} is in use and has no {CONFIG_FILE}; use another run=")
+        raise ValueError(f"{run_dir} is in use and has no {CONFIG_FILE}; use another {key}")
     saved = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
     ours = _flatten(OmegaConf.to_container(OmegaConf.create(text)))
     differing = [
         f"{key}={ours.get(key, '(absent)')} here, {saved.get(key, '(absent)')} there"
         for key in sorted(saved.keys() | ours.keys())
-        if not _MAY_DIFFER.fullmatch(key) and saved.get(key, _ABSENT) != ours.get(key, _ABSENT)
+        if not may_differ.fullmatch(key) and saved.get(key, _ABSENT) != ours.get(key, _ABSENT)
     ]
     if differing:
         raise ValueError(
             f"{path} is another run's and differs: {'; '.join(differing)}; "
-            "give the saved values, or another run="
+            f"give the saved values, or another {key}"
         )
 
 

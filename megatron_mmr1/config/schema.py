@@ -258,16 +258,32 @@ class SftConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Score a Hugging Face folder on a benchmark: `python -m megatron_mmr1.evaluate`."""
+    """Score a model on a benchmark: `python -m megatron_mmr1.evaluate`.
 
-    benchmark: str = "digits"
-    model: str = MISSING
+    Bad rows are set aside and counted; so is a prompt longer than `max_prompt_tokens`, or than the
+    model's positions leave room for, which is never cut. What is None, and a response length of 0,
+    depends on the benchmark (config/benchmarks.py); `rollout.kv_cache_bytes` 0 has room for eight
+    of the longest sequences.
+    """
+
+    benchmark: str = "digits"  # digits | mathverse | mathvista | mathvision | logicvista | chartqa
+    model: str = MISSING  # a Hugging Face folder or a Megatron checkpoint
+    name: str | None = None  # what tables call the model; None: from `model`
     dtype: str = "float32"  # float32 | bfloat16
-    data: str = MISSING
-    output: str | None = None
+    data: str | None = None  # a file, a folder of shards, or a hub id as OWNER/NAME:SPLIT
+    output: str | None = None  # a folder; None: outputs/evaluate/BENCHMARK/NAME
     seed: int = 0
     samples_per_prompt: int = 1
-    rollout: EngineConfig = field(default_factory=EngineConfig)
+    max_prompt_tokens: int = 8192
+    # Of an image: smaller and larger ones are scaled before the model's own processor sees them.
+    min_pixels: int = 0
+    max_pixels: int = 1_048_576
+    max_bad_share: float = 0.05  # of the rows; above it the run stops
+    rollout: EngineConfig = field(
+        default_factory=lambda: EngineConfig(
+            temperature=0.0, max_response_tokens=0, kv_cache_bytes=0
+        )
+    )
     reward: RewardConfig = field(default_factory=RewardConfig)
 
 

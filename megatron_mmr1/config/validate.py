@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_mmr1.config.benchmarks import settled
 from megatron_mmr1.config.layout import (
     ModelSizes,
     check_fp8,
@@ -19,7 +21,7 @@ from megatron_mmr1.config.layout import (
     check_max_tokens,
     replica_size,
 )
-from megatron_mmr1.config.model_folder import check_model_folder
+from megatron_mmr1.config.model_folder import check_model_folder, is_megatron_checkpoint
 from megatron_mmr1.config.run_dir import check_folder_name
 from megatron_mmr1.config.schema import (
     AlgorithmConfig,
@@ -152,8 +154,9 @@ def validate_evaluate(config: EvaluateConfig) -> None:
     Raises:
         ValueError: names the key, its value and a remedy.
     """
-    _choice("benchmark", config.benchmark, ("digits",))
+    config = settled(config)
     _choice("dtype", config.dtype, _DTYPES)
+    check_folder_name("name", config.name or "")
     _at_least("seed", config.seed, 0)
     _at_least("samples_per_prompt", config.samples_per_prompt, 1)
     _at_least("rollout.temperature", config.rollout.temperature, 0)
@@ -166,16 +169,23 @@ def validate_evaluate(config: EvaluateConfig) -> None:
         config.samples_per_prompt,
         "draws the same greedy response again; use 1, or rollout.temperature above 0",
     )
-    if config.output is not None and not Path(config.output).parent.is_dir():
-        raise ValueError(f"output={config.output!r}: its folder does not exist; make it first")
-    _check_engine(config.rollout)
+    _at_least("max_prompt_tokens", config.max_prompt_tokens, 1)
+    _check_pixels("min_pixels", config.min_pixels, "max_pixels", config.max_pixels)
+    _check_share("max_bad_share", config.max_bad_share)
+    _at_least("rollout.kv_cache_bytes", config.rollout.kv_cache_bytes, 0)
+    _check_engine(replace(config.rollout, kv_cache_bytes=1))
     _check_reward(config.reward)
     keys = ("repetition_weight", "repetition_ngram", "overlong_weight", "overlong_cache_tokens")
     for key in keys:
         value = getattr(config.reward, key)
         _require(value == 0, f"reward.{key}", value, "has no effect in an evaluation; remove it")
-    check_source("data", config.data)
-    check_model_folder(config.model, "model")
+    source = config.data or ""
+    if config.benchmark == "digits" or not Path(source).is_dir():  # a benchmark may have shards
+        check_source("data", source)
+    if is_megatron_checkpoint(config.model):
+        check_module("megatron.core")
+    else:
+        check_model_folder(config.model, "model")
     check_module("vllm")
 
 

@@ -208,7 +208,7 @@ class PromptProcessor:
         if isinstance(self._images, NoImages) and num_images:
             raise self._images.refusal()
         messages = [
-            {"role": turn.role, "content": turn.text if is_blind else _parts(turn.text)}
+            {"role": turn.role, "content": turn.text if is_blind else content_parts(turn.text)}
             for turn in turns
         ]
         return self._processor.apply_chat_template(
@@ -268,7 +268,7 @@ def require_tags(turns: Sequence[Turn], num_images: int) -> None:
         raise ValueError(f"{num_tags} {IMAGE_TAG} tags for {num_images} images")
 
 
-def _parts(text: str) -> list[dict[str, str]]:
+def content_parts(text: str) -> list[dict[str, str]]:
     """Cut a turn at its `<image>` tags, for a chat template."""
     first, *others = text.split(IMAGE_TAG)
     parts = [{"type": "text", "text": first}] if first else []

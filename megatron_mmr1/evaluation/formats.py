@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 MAX_FIELD_CHARACTERS = 1 << 28  # of a TSV: images in base64
 # VLMEvalKit's own limit between a base64 image and the index of the row that holds the image.
 _MAX_INDEX_CHARACTERS = 64
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+))?")
 
 
 class Unreadable(NamedTuple):
@@ -59,24 +58,20 @@ def read_path(path: Path, split: str) -> Iterator[tuple[Path, Row]]:
             yield file, row
 
 
-def is_hub_id(source: str) -> bool:
-    """Say whether a source has the form "owner/name" or "owner/name:split"."""
-    return _HUB_ID.fullmatch(source) is not None
-
-
 def read_hub(source: str, split: str, config: str | None) -> Iterator[Row]:
     """Stream the rows of a Hugging Face data set; images stay encoded.
 
     Args:
-        source: "owner/name", or "owner/name:split" in place of `split`.
+        source: OWNER/NAME[:SPLIT][@REVISION], SPLIT in place of `split`.
         split, config: which part of it.
 
     Raises:
         ValueError: the `datasets` library is missing, or it can't load the data (offline, unknown
             name, configuration or split).
     """
-    match = _HUB_ID.fullmatch(source)
-    assert match is not None
+    name, _, revision = source.partition("@")
+    name, _, own_split = name.partition(":")
+    pinned: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         import datasets
     except ImportError as error:
@@ -86,7 +81,7 @@ def read_hub(source: str, split: str, config: str | None) -> Iterator[Row]:
         ) from error
     try:
         data: Any = datasets.load_dataset(
-            match["name"], config, split=match["split"] or split, streaming=True
+            name, config, split=own_split or split, streaming=True, **pinned
         )
     except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
         raise ValueError(

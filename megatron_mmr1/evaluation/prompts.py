@@ -21,8 +21,11 @@ def prompt_text(question: Question) -> str:
     """Return the user turn: an `<image>` for each image, question, options, instruction.
 
     Options are not listed a second time where the question's own text lists them. A literal
-    `<image>` in the text loses its brackets: the processor would wait for a picture.
+    `<image>` in the text loses its brackets: the processor would wait for a picture. The embedded
+    task's text is that of its training, tags included, and stays as it is.
     """
+    if question.benchmark == "digits":
+        return question.text
     text = question.text.replace(IMAGE_TAG, "image").strip()
     parts = [text or "The question is in the image."]
     if question.unit:

@@ -5,11 +5,12 @@ Plain and free of torch: scoring workers import this module.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-Benchmark = Literal["mathverse", "mathvista", "mathvision", "logicvista", "chartqa"]
+Benchmark = Literal["mathverse", "mathvista", "mathvision", "logicvista", "chartqa", "digits"]
 AnswerType = Literal["choice", "integer", "float", "list", "text"]
 Outcome = Literal["correct", "wrong", "unscored"]
 
@@ -81,6 +82,11 @@ class Answered:
     Attributes:
         question: without its images.
         prompt: the text that the model was given.
+        digest: of the question with its images (`digest_of`): of another file, or of another
+            version of it, a question may have the same id.
+        sample_index: which of the question's responses this is.
+        num_tokens: of the response.
+        is_cut_off: it reached the length limit.
     """
 
     question: Question
@@ -88,3 +94,17 @@ class Answered:
     response: str
     extracted: Extracted
     scores: Scores
+    digest: str = ""
+    sample_index: int = 0
+    num_tokens: int = 0
+    is_cut_off: bool = False
+
+
+def digest_of(question: Question) -> str:
+    """Return a hash of all that makes up a question: what is asked, shown, and held for right."""
+    parts = [question.benchmark, question.question_id, question.text, question.answer]
+    parts += [question.answer_type, question.unit, str(question.precision), *question.choices]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for image in question.images:
+        digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""Rows of the five benchmarks to `Question`s; a bad row is set aside with its id and the reason.
+"""Rows of the benchmarks to `Question`s; a bad row is set aside with its id and the reason.
 
 Owns the columns, as the public files name them: the benchmarks' own JSON, their Hugging Face
-parquet, VLMEvalKit's TSV. Every image is decoded once, to find broken ones before a model waits for
-them; the question keeps the encoded file. Does not own the formats (formats.py) or the limits of
-images (data/images.py).
+parquet, VLMEvalKit's TSV; and those of the embedded task, which are MMR1-RL's. Every image is
+decoded once, to find broken ones before a model waits for them; the question keeps the encoded
+file. Does not own the formats (formats.py) or the limits of images (data/images.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_mmr1.config.validate import is_hub_id
 from megatron_mmr1.data.dataset import BadRow
 from megatron_mmr1.data.image_files import read_below
 from megatron_mmr1.data.images import decode_image
 from megatron_mmr1.evaluation.formats import (
     Unreadable,
-    is_hub_id,
     literal,
     literal_list,
     read_hub,
@@ -64,7 +64,7 @@ class QuestionReader:
         """Find the source; rows are read when iterated.
 
         Args:
-            benchmark: one of the five.
+            benchmark: one of `SOURCES`.
             source: a file or a folder of shards (.parquet, .json, .jsonl, .tsv), whose image paths
                 are relative to it and stay below it; or a Hugging Face id, "owner/name" or
                 "owner/name:split".
@@ -130,8 +130,10 @@ class QuestionReader:
         images = tuple(_images(row, file.parent if file else None))
         for data in images:
             decode_image(data)
-        has_text_only = question.groups.get("version") == ("Text Only",)
-        if not images and not has_text_only:
+        may_lack_image = question.benchmark == "digits" or (
+            question.groups.get("version") == ("Text Only",)
+        )
+        if not images and not may_lack_image:
             raise ValueError("no image")
         if not question.text and not images:
             raise ValueError("neither question nor image")
@@ -263,6 +265,19 @@ def _chartqa(row: Row, row_id: str) -> Question:
     )
 
 
+def _digits(row: Row, row_id: str) -> Question:
+    """The question is the whole prompt, with its `<image>` tags."""
+    return Question(
+        "digits",
+        row_id,
+        "" if not _text(row, "problem") else str(row["problem"]),
+        _text(row, "answer"),
+        "text",
+        cluster=row_id,
+        groups=_groups(category=[_text(row, "category")]),
+    )
+
+
 def _check(text: str, pattern: str, what: str) -> None:
     if not re.fullmatch(pattern, text):
         raise ValueError(f"{text!r} is not {what}")
@@ -329,4 +344,5 @@ SOURCES: dict[str, _Source] = {
     "mathvision": _Source("test", ("id", "index"), _mathvision),
     "logicvista": _Source("test", ("id", "index"), _logicvista),
     "chartqa": _Source("test", ("id", "index"), _chartqa),
+    "digits": _Source("heldout", ("id",), _digits),
 }

@@ -11,7 +11,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mmr1.evaluation.questions import Answered, Question, Score
+from megatron_mmr1.evaluation.questions import (
+    Answered,
+    Benchmark,
+    Extracted,
+    Question,
+    Score,
+    Scores,
+)
 
 # A question's group and VLMEvalKit's name for it, where they differ.
 _KIT_NAMES = {"version": "problem_version", "subject": "category"}
@@ -23,24 +30,76 @@ def write_lmms_samples(path: Path, answered: Sequence[Answered]) -> None:
     Its own keys: `doc_id` (the row's number here), `input`, `target`, `resps` (a list of one) and
     `filtered_resps` (the compat box; "" without one). Ours: `question_id`, `question`, `extracted`,
     `strict`, `compat` (outcome and reason) and `compat_score`: 1, 0, or null where unscored, which
-    the kit's comparison with a baseline reads.
+    the kit's comparison with a baseline reads; and what else an `Answered` holds.
     """
     with path.open("w", encoding="utf-8") as file:
         for number, item in enumerate(answered):
+            question = item.question
             sample = {
                 "doc_id": number,
                 "input": item.prompt,
-                "target": item.question.answer,
+                "target": question.answer,
                 "resps": [item.response],
                 "filtered_resps": item.extracted.compat or "",
-                "question_id": item.question.question_id,
-                "question": item.question.text,
+                "question_id": question.question_id,
+                "question": question.text,
                 "extracted": item.extracted.strict,
                 "strict": item.scores.strict._asdict(),
                 "compat": item.scores.compat._asdict(),
                 "compat_score": _as_number(item.scores.compat),
+                "choices": question.choices,
+                "answer_type": question.answer_type,
+                "groups": {name: list(values) for name, values in question.groups.items()},
+                "cluster": question.cluster,
+                "digest": item.digest,
+                "sample_index": item.sample_index,
+                "num_tokens": item.num_tokens,
+                "is_cut_off": item.is_cut_off,
             }
             file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+
+def read_samples(path: Path, benchmark: Benchmark) -> list[Answered]:
+    """Read what `write_lmms_samples` wrote; precision and unit are not kept.
+
+    Raises:
+        ValueError: the file is damaged, or another program's.
+    """
+    answered = []
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                sample = json.loads(line)
+                question = Question(
+                    benchmark,
+                    sample["question_id"],
+                    sample["question"],
+                    sample["target"],
+                    sample["answer_type"],
+                    sample["cluster"],
+                    tuple(sample["choices"]),
+                    groups={name: tuple(values) for name, values in sample["groups"].items()},
+                )
+                boxes = Extracted(sample["extracted"], sample["filtered_resps"] or None)
+                scores = Scores(Score(**sample["strict"]), Score(**sample["compat"]))
+                answered.append(
+                    Answered(
+                        question,
+                        sample["input"],
+                        sample["resps"][0],
+                        boxes,
+                        scores,
+                        sample["digest"],
+                        sample["sample_index"],
+                        sample["num_tokens"],
+                        sample["is_cut_off"],
+                    )
+                )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no samples file of an evaluation ({error!r}); evaluate again"
+        ) from error
+    return answered
 
 
 def write_vlmevalkit_tsv(path: Path, answered: Sequence[Answered]) -> None:

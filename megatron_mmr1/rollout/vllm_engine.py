@@ -48,6 +48,9 @@ _MAX_BATCHED_TOKENS = 8192  # a scheduling step's prompt tokens, unless one prom
 class VllmEngine:
     """An in-process vLLM engine: on this rank alone, or one of several ranks.
 
+    Takes prompts with their pixels, as Qwen-VL has them, and prompts of text; a prompt in another
+    form is for a subclass (vllm_chat.py).
+
     Args:
         model: a Hugging Face folder.
         banned_token_ids: never sampled (vision tokens: the trainer would take them for images).
@@ -56,6 +59,8 @@ class VllmEngine:
             has. All of them must make the same calls, read `generate` to its end, and get the same
             results.
     """
+
+    _takes_pixels = True
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class VllmEngine:
             model, local_files_only=True, trust_remote_code=False
         )
         vision = getattr(hf_config, "vision_config", None)
-        if vision is not None and not hasattr(vision, "spatial_merge_size"):
+        if self._takes_pixels and vision is not None and not hasattr(vision, "spatial_merge_size"):
             raise ValueError(
                 f"model.path={model!r}: rollouts of {hf_config.model_type!r} with images are not "
                 "supported; use a Qwen-VL or a text model"
@@ -105,6 +110,7 @@ class VllmEngine:
             )
         self._num_requests = 0
         self._pixel_bytes = config.pixel_bytes
+        self._max_prompt_tokens = max_prompt_tokens
         self.weight_version = 0
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:

@@ -6,6 +6,8 @@ model that was never taught the tags, and the prompt asks for a box alone: the l
 thoughts, anywhere if it has none. A thought that never ends (cut at the token limit) has no answer.
 
 Compat: the last box anywhere, inside a thought too, as the kits look for it.
+
+The embedded task has one rule, that of its training, whatever the tags.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from megatron_mmr1.evaluation.questions import Extracted
 from megatron_mmr1.rewards import extract_answer
 
 
-def extract(response: str) -> Extracted:
+def extract(response: str, benchmark: str = "") -> Extracted:
     r"""Return what the box holds under both rules; None where there is no complete `\boxed{}`."""
+    if benchmark == "digits":
+        return Extracted(extract_answer(response), extract_answer(response))
     if "<answer>" in response:
         strict = extract_answer(response)
     else:

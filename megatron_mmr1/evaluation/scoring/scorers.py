@@ -1,11 +1,18 @@
-"""The five scorers by name."""
+"""The scorers by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from megatron_mmr1.evaluation.questions import Extracted, Question, Score, Scores
-from megatron_mmr1.evaluation.scoring import chartqa, logicvista, mathverse, mathvision, mathvista
+from megatron_mmr1.evaluation.scoring import (
+    chartqa,
+    digits,
+    logicvista,
+    mathverse,
+    mathvision,
+    mathvista,
+)
 
 Rule = Callable[[str, Question], Score]
 
@@ -16,6 +23,7 @@ SCORERS: dict[str, tuple[Rule, Rule]] = {
     "mathvision": (mathvision.strict, mathvision.compat),
     "logicvista": (logicvista.strict, logicvista.compat),
     "chartqa": (chartqa.strict, chartqa.compat),
+    "digits": (digits.rule, digits.rule),
 }
 
 
