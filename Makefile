@@ -71,7 +71,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The README's table: three seeds of cold start + GRPO. Half an hour on two cores.
+# The README's table: three seeds of cold start + GRPO. Ten minutes on two cores.
 learning: $(STAMP) data/digits/sft.parquet models/tiny_qwen2_5_vl/config.json
 	$(BIN)/python tools/measure_learning.py
 
