@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from megatron_mmr1.config.schema import RewardConfig
+from megatron_mmr1.evaluation.outcome import judged
+from megatron_mmr1.evaluation.questions import Extracted, Question, Score, Scores
 from megatron_mmr1.rewards import VerifierPool, judge
 from megatron_mmr1.rewards.judge import Judge, is_for_judge
 from megatron_mmr1.types import Prompt, Rollout, RolloutGroup
@@ -88,6 +90,35 @@ def direct(monkeypatch):
 
 def by_equality(data):
     return 200, completion("CORRECT" if data["answer"] == data["reference"] else "WRONG")
+
+
+def test_benchmarks_put_to_it_what_their_rules_leave_open():
+    """Once for each answer, and nothing that a rule has decided; its failure decides nothing."""
+    question = Question("mathverse", "1", "Which line?", "the line AB", "text", "1")
+    open_one, decided = Score("unscored", "needs a reader"), Score("wrong", "another letter")
+    tasks = [
+        (Extracted("the line AB", "the line AB"), question),
+        (Extracted("CD", "CD"), question),
+        (Extracted(None, "?"), question),
+        (Extracted("B", "B"), question),
+    ]
+    scores = [Scores(open_one, open_one)] * 3 + [Scores(decided, decided)]
+
+    def some(data):
+        return (500, b"") if data["answer"] == "?" else by_equality(data)
+
+    with stand_in(some) as server, Judge(config_of(server)) as asked:
+        found = judged(tasks, scores, asked)
+    assert [tuple(score.outcome for score in pair) for pair in found] == [
+        ("correct", "correct"),
+        ("wrong", "wrong"),
+        ("unscored", "unscored"),
+        ("wrong", "wrong"),
+    ]
+    assert found[3].strict is decided and found[2].strict is open_one
+    assert found[2].compat.reason.startswith("needs a reader; ")
+    answers = [json.loads(r["messages"][-1]["content"])["answer"] for r in server.requests]
+    assert sorted(answers) == ["?", "?", "?", "CD", "the line AB"]
 
 
 def test_either_word_is_a_verdict_and_the_key_goes_in_the_header(monkeypatch):

@@ -1,7 +1,7 @@
 """Replies to scored answers, and those to the numbers of `summary.json`.
 
-Owns the form of the summary. Accuracy and intervals are statistics.py's, rules are scoring/'s. A
-judge for what no rule can decide would replace the unscored `Scores` that `score_replies` returns.
+Owns the form of the summary, and what is put to a judge: answers that no rule can decide. Accuracy
+and intervals are statistics.py's, rules are scoring/'s, the judge is rewards/judge.py's.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from typing import Any
 from megatron_mmr1.config.schema import RewardConfig
 from megatron_mmr1.evaluation.generation import Contents
 from megatron_mmr1.evaluation.journal import Journal
-from megatron_mmr1.evaluation.questions import Answered
+from megatron_mmr1.evaluation.questions import Answered, Extracted, Question, Score, Scores
 from megatron_mmr1.evaluation.scoring import extract, score_all
 from megatron_mmr1.evaluation.statistics import Rule, accuracy, accuracy_by_group
 from megatron_mmr1.rewards import is_well_formed
+from megatron_mmr1.rewards.judge import Judge
 
 RULES: tuple[Rule, ...] = ("strict", "compat")
 
 
 def score_replies(contents: Contents, journal: Journal, reward: RewardConfig) -> list[Answered]:
-    """Score every response, in the order of the questions; each scored within a hard deadline."""
+    """Score every response, in the order of the questions; each within a hard deadline.
+
+    With `reward.judge_url` a judge is asked about what the rules leave unscored.
+    """
     pairs = [
         (question, index, response)
         for question in contents.questions
@@ -35,6 +39,9 @@ def score_replies(contents: Contents, journal: Journal, reward: RewardConfig) ->
     extracted = [extract(response.text, question.benchmark) for question, _, response in pairs]
     tasks = [(found, pair[0]) for found, pair in zip(extracted, pairs, strict=True)]
     scores = score_all(tasks, reward.deadline_s, reward.num_workers)
+    if reward.judge_url:
+        with Judge(reward) as judge:
+            scores = judged(tasks, scores, judge)
     return [
         Answered(
             question,
@@ -48,6 +55,41 @@ def score_replies(contents: Contents, journal: Journal, reward: RewardConfig) ->
             response.is_cut_off,
         )
         for (question, index, response), found, score in zip(pairs, extracted, scores, strict=True)
+    ]
+
+
+def judged(
+    tasks: Sequence[tuple[Extracted, Question]], scores: Sequence[Scores], judge: Judge
+) -> list[Scores]:
+    """Ask a judge about each unscored answer; what it does not decide stays unscored, and says why.
+
+    Args:
+        tasks: what was extracted from each response, and its question.
+        scores: of the rules.
+    """
+    asked = {
+        (question.text, question.answer, answer)
+        for (extracted, question), of_rules in zip(tasks, scores, strict=True)
+        for answer, score in zip(extracted, of_rules, strict=True)
+        if score.outcome == "unscored" and answer is not None
+    }
+    futures = {texts: judge.submit(*texts) for texts in sorted(asked)}
+    verdicts = {texts: judge.result(future) for texts, future in futures.items()}
+
+    def score_of(answer: str | None, question: Question, score: Score) -> Score:
+        if score.outcome != "unscored" or answer is None:
+            return score
+        outcome, reason = verdicts[question.text, question.answer, answer]
+        if outcome == "could_not_judge":
+            return Score("unscored", f"{score.reason}; {reason}")
+        return Score(outcome, "the judge's verdict")
+
+    return [
+        Scores(
+            score_of(extracted.strict, question, of_rules.strict),
+            score_of(extracted.compat, question, of_rules.compat),
+        )
+        for (extracted, question), of_rules in zip(tasks, scores, strict=True)
     ]
 
 
