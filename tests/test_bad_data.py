@@ -214,14 +214,14 @@ def test_too_many_bad_questions_end_the_run_with_a_summary(
 def test_too_many_bad_conversations_end_the_run_with_a_summary(
     folder, tiny_processor, tmp_path, process_group
 ):
+    from megatron_mmr1.trainers.demonstration_batches import BadRecords, Draws
     from megatron_mmr1.trainers.reporting import BAD_ROWS_FILE
-    from megatron_mmr1.trainers.sft import Draws
 
     data = Demonstrations(folder / "sft_turns.jsonl", tiny_processor, max_tokens=64)
     builder: Any = None  # not reached
     message = r"max_bad_share=0.59: 3 of 5 records of .*sft_turns.* are bad \(.*no conversation"
     with pytest.raises(ValueError, match=message):
-        Draws(data, 0, 0.59, tmp_path).next_step(5, builder)
+        Draws(data, 0, 0.59, BadRecords(tmp_path)).next_step(5, builder)
     lines = (tmp_path / BAD_ROWS_FILE).read_text().splitlines()
     assert sorted(json.loads(line)["row_id"] for line in lines) == ["alone", "none", "speaker"]
 
@@ -229,7 +229,7 @@ def test_too_many_bad_conversations_end_the_run_with_a_summary(
 def test_a_rank_reads_the_good_conversations_beside_the_bad_ones(
     folder, tiny_processor, process_group
 ):
-    from megatron_mmr1.trainers.sft import read_records
+    from megatron_mmr1.trainers.demonstration_batches import read_records
 
     for path in sorted(folder.glob("sft_*.jsonl")):
         data = Demonstrations(path, tiny_processor, max_tokens=64)
