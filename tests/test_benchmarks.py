@@ -814,6 +814,13 @@ def test_the_interval_of_independent_questions_is_binomial():
     assert result.high == pytest.approx(high, abs=0.011)
 
 
+def test_an_interval_of_equal_answers_has_a_width():
+    none, all_right = accuracy(run("w" * 80), "strict"), accuracy(run("r" * 80), "strict")
+    bound = 1 - 0.025 ** (1 / 80)  # P(80 wrong) = 2.5%
+    assert (none.low, none.high) == (0.0, pytest.approx(bound))
+    assert (all_right.low, all_right.high) == (pytest.approx(1 - bound), 1.0)
+
+
 def test_versions_of_one_problem_count_as_one_draw():
     singly = accuracy(run("r" * 60 + "w" * 40), "strict")
     together = accuracy(run("rrrrr" * 60 + "wwwww" * 40, per_cluster=5), "strict")

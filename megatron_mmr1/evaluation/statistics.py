@@ -34,6 +34,8 @@ class Accuracy:
 
     Attributes:
         low, high: bootstrap percentile interval of `value` (95%); NaN with fewer than two clusters.
+            Where all are right, or all wrong, resampling shows no spread, and it is the exact
+            interval of Clopper and Pearson (1934) with a cluster as one trial.
         lowest, highest: the share of correct among all, every unscored one wrong, or correct.
     """
 
@@ -83,6 +85,10 @@ def accuracy(answered: Sequence[Answered], rule: Rule, seed: int = 0) -> Accurac
             scored[item.question.cluster] += 1
     clusters = sorted(scored)
     low, high = _interval([correct[c] for c in clusters], [scored[c] for c in clusters], seed)
+    if low == high and low in (0.0, 1.0):
+        num_right = len(clusters) if low == 1 else 0
+        exact = stats.binomtest(num_right, len(clusters)).proportion_ci(CONFIDENCE)
+        low, high = float(exact.low), float(exact.high)
     num_correct, num_wrong = outcomes.count("correct"), outcomes.count("wrong")
     num_unscored = outcomes.count("unscored")
     return Accuracy(
