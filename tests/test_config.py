@@ -622,7 +622,7 @@ def test_help_shows_the_experiments_and_every_default(tmp_path: Path):
     on_rank_1 = start(tmp_path, "--help", RANK="1")
     output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
-    assert "experiments: digits, digits_uniform (default: digits)" in output
+    assert "experiments: digits, digits_uniform, mmr1_" in output and "(default: digits)" in output
     assert "experiment: digits_uniform\n" in output
     assert "  preset: uniform\n" in output
     assert on_rank_1.communicate() == ("", "")
