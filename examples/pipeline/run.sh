@@ -29,4 +29,5 @@ for stage in digits_sft/sft digits/rl; do
             rollout.max_response_tokens=64
     done
 done
-$python tools/compare_evaluations.py "$folder"/evaluation/mathvista/sft "$folder"/evaluation/mathvista/rl
+$python tools/compare_evaluations.py --out "$folder/evaluation/comparison" --table \
+    "$folder"/evaluation/*/sft "$folder"/evaluation/*/rl
