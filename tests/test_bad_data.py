@@ -103,10 +103,14 @@ def read_sft(path: Path, processor: Any) -> tuple[list[str], list[BadRow]]:
     for number in range(len(demonstrations)):
         row_id = demonstrations.row_id(number)
         try:
-            demonstrations.load(number)
+            sizes = demonstrations.sizes(number)
             good.append(row_id)
         except ValueError as error:
             bad.append(BadRow(number, row_id, str(error)))
+            continue
+        loaded = demonstrations.load(number)
+        assert [s.num_prompt_tokens for s in sizes] == [len(d.prompt.token_ids) for d in loaded]
+        assert [s.num_response_tokens for s in sizes] == [len(d.response_token_ids) for d in loaded]
     return good, bad
 
 
@@ -233,7 +237,7 @@ def test_a_rank_reads_the_good_conversations_beside_the_bad_ones(
 
     for path in sorted(folder.glob("sft_*.jsonl")):
         data = Demonstrations(path, tiny_processor, max_tokens=64)
-        mine: dict[int, list[Any]] = {}
-        read = read_records(data, range(len(data)), mine)
-        assert [r.number for r in read if not r.reason] == sorted(mine)
-        assert {0, len(data) - 1} <= set(mine)
+        read = read_records(data, range(len(data)))
+        assert [r.number for r in read] == list(range(len(data)))
+        good = {r.number for r in read if not r.reason}
+        assert {0, len(data) - 1} <= good and all(bool(r.sizes) == (r.number in good) for r in read)

@@ -36,7 +36,7 @@ def opened(folder: Path, processor: PromptProcessor, *records: Any, max_tokens: 
 
 def test_one_turn_is_its_prompt_and_its_response(folder, tiny_processor):
     data = opened(folder, tiny_processor, record(HUMAN, ("gpt", "8"), images=["0.png"], id="x"))
-    ((demonstration, size),) = data.load(0)
+    (demonstration,), (size,) = data.load(0), data.sizes(0)
     expected = tiny_processor.prompt("0/1", "<image>Sum?", [png(56, 28, 0)])
     assert demonstration.prompt.prompt_id == "0/1" and data.row_id(0) == "x"
     assert torch.equal(demonstration.prompt.token_ids, expected.token_ids)
@@ -54,7 +54,7 @@ def test_each_turn_of_the_assistant_has_what_comes_before_as_its_prompt(folder, 
     """The sequences cut the whole conversation, as the template renders it, at the turns."""
     turns = [HUMAN, ("gpt", "8"), ("human", "Sum<image>?"), ("gpt", "9")]
     data = opened(folder, tiny_processor, record(*turns, images=["0.png", "1.png"], system="Read."))
-    (first, _), (second, size) = data.load(0)
+    (first, second), (_, size) = data.load(0), data.sizes(0)
     decode = tiny_processor.tokenizer.decode
     texts = [decode([*d.prompt.token_ids, *d.response_token_ids]) for d in (first, second)]
     assert texts[1].startswith(texts[0]) and "Read." in texts[0]
@@ -80,8 +80,8 @@ def test_other_spellings_give_the_same(folder, tiny_processor):
     data = opened(folder, tiny_processor, plain, *others)
     table = pa.Table.from_pylist([plain | {"images": [{"bytes": png(56, 28, 0), "path": None}]}])
     pq.write_table(table, folder / "sft.parquet")
-    loaded = [data.load(i)[0][0] for i in range(3)]
-    loaded.append(Demonstrations(folder / "sft.parquet", tiny_processor, 128).load(0)[0][0])
+    loaded = [data.load(i)[0] for i in range(3)]
+    loaded.append(Demonstrations(folder / "sft.parquet", tiny_processor, 128).load(0)[0])
     for demonstration in loaded[1:]:
         assert torch.equal(demonstration.prompt.token_ids, loaded[0].prompt.token_ids)
         assert torch.equal(demonstration.prompt.pixel_values, loaded[0].prompt.pixel_values)
@@ -104,5 +104,5 @@ def test_a_bad_conversation_has_a_reason(folder, tiny_processor, name):
     bad, reason = BAD[name]
     data = opened(folder, tiny_processor, bad, max_tokens=64)
     with pytest.raises(ValueError, match=reason):
-        data.load(0)
+        data.sizes(0)
     assert data.row_id(0) == "row-0"

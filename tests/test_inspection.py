@@ -172,11 +172,11 @@ def test_what_is_bad_is_what_training_sets_aside(path, tiny_processor):
     data = Demonstrations(path, tiny_processor, max_tokens=64)
     for bad in found.bad_rows:
         with pytest.raises(ValueError) as error:
-            data.load(bad.row)
+            data.sizes(bad.row)
         assert str(error.value) == bad.reason and bad.row_id == data.row_id(bad.row)
     assert found.num_usable == len(data) - len(found.bad_rows)
     for number in set(range(len(data))) - {bad.row for bad in found.bad_rows}:
-        data.load(number)
+        data.sizes(number)
 
 
 def test_tokens_are_those_of_training(tiny_processor):
@@ -189,8 +189,7 @@ def test_tokens_are_those_of_training(tiny_processor):
         if data is not None:
             assert tokens.tolist() == [size.num_prompt_tokens for size in data.sizes]
         else:
-            loaded = Demonstrations(FOLDER / f"{name}.jsonl", tiny_processor, 64).load(0)
-            demonstration, _ = loaded[0]
+            (demonstration,) = Demonstrations(FOLDER / f"{name}.jsonl", tiny_processor, 64).load(0)
             length = len(demonstration.prompt.token_ids) + len(demonstration.response_token_ids)
             assert tokens[0] == length
 

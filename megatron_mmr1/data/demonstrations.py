@@ -85,31 +85,37 @@ class Demonstrations:
         """How many conversations there are, bad ones among them."""
         return len(self._records)
 
-    def load(self, number: int) -> list[tuple[Demonstration, RowSize]]:
-        """Return a conversation's training sequences: one for each turn of the assistant, which
-        has all that comes before it as its prompt.
+    def sizes(self, number: int) -> list[RowSize]:
+        """Check a conversation, and return the sizes of its training sequences.
 
-        The loss over them is that of one pass over the whole conversation in which the assistant's
-        turns alone count; what is before a turn is computed again for it.
+        Decodes its images; pixels are processed by `load` alone.
 
         Raises:
             ValueError: with the reason; `row_id` names it.
         """
         conversation = read_conversation(self._records[number], self._files)
-        sizes = conversation_sizes(conversation, self._processor, self._max_tokens)
-        found = []
-        for size, (history, question, response, num_images) in zip(
-            sizes, conversation.answered(), strict=True
-        ):
-            prompt = self._processor.prompt(
-                f"{number}/{len(history) + 1}",  # ids may repeat
-                question.text,
-                conversation.files[:num_images],
-                history=history,
+        return conversation_sizes(conversation, self._processor, self._max_tokens)
+
+    def load(self, number: int) -> list[Demonstration]:
+        """Return a good conversation's training sequences: one for each turn of the assistant,
+        which has all that comes before it as its prompt.
+
+        The loss over them is that of one pass over the whole conversation in which the assistant's
+        turns alone count; what is before a turn is computed again for it.
+        """
+        conversation = read_conversation(self._records[number], self._files)
+        return [
+            Demonstration(
+                self._processor.prompt(
+                    f"{number}/{len(history) + 1}",  # ids may repeat
+                    question.text,
+                    conversation.files[:num_images],
+                    history=history,
+                ),
+                self._processor.response_token_ids(response.text),
             )
-            response_R = self._processor.response_token_ids(response.text)
-            found.append((Demonstration(prompt, response_R), size))
-        return found
+            for history, question, response, num_images in conversation.answered()
+        ]
 
     def row_id(self, number: int) -> str:
         """Name a record, by its id if it has one that can be read."""

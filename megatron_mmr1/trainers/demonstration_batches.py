@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from megatron_mmr1.data.dataset import BadRow, RowSize, summary
 from megatron_mmr1.data.demonstrations import Demonstrations
 from megatron_mmr1.sampling.passes import UniformPasses
 from megatron_mmr1.trainers.reporting import BAD_ROWS_FILE
-from megatron_mmr1.types import Demonstration, StepBatch
+from megatron_mmr1.types import StepBatch
 
+_NUM_THREADS = 4  # decoding lets other threads run
 _MIN_SEEN = 100  # records, before a share of bad ones means anything
 
 
@@ -37,14 +40,6 @@ class Read:
     def as_bad_row(self) -> BadRow:
         """Return what is recorded of a bad one."""
         return BadRow(self.number, self.row_id, self.reason)
-
-
-@dataclass(slots=True)
-class Batch:
-    """Demonstrations of one step: sizes of all, contents of those that this rank has read."""
-
-    read: list[Read] = field(default_factory=list)
-    mine: dict[int, list[Demonstration]] = field(default_factory=dict)
 
 
 class BadRecords:
@@ -104,25 +99,23 @@ class Draws:
         Raises:
             ValueError: too many are bad, or there are not so many.
         """
-        batch = Batch()
         bad = {row.row for row in self._bad_records.of(self._data.path)}
-        while len(batch.read) < num_records:
+        good: list[Read] = []
+        while len(good) < num_records:
             if num_records + len(bad) > len(self._data):
                 raise ValueError(
                     f"global_batch_size={num_records} exceeds the {len(self._data) - len(bad)} good"
                     f" records of {self._data.path}; lower it, or add records"
                 )
-            drawn = self._passes.take(
-                num_records - len(batch.read), [read.number for read in batch.read]
-            )
+            drawn = self._passes.take(num_records - len(good), [read.number for read in good])
             self._num_seen = min(self._num_seen + len(drawn), len(self._data))
-            read = read_records(self._data, [n for n in drawn if n not in bad], batch.mine)
-            batch.read += [r for r in read if not r.reason]
+            read = read_records(self._data, [n for n in drawn if n not in bad])
+            good += [r for r in read if not r.reason]
             if found := [r.as_bad_row() for r in read if r.reason]:
                 self._bad_records.add(self._data.path, found)
                 bad |= {row.row for row in found}
                 self._stop_if_too_many()
-        step, measured = build(batch, self._data, builder)
+        step, measured = build(good, self._data, builder)
         return step, measured | {"data/bad_records": float(len(bad))}
 
     def _stop_if_too_many(self) -> None:
@@ -145,32 +138,29 @@ class Draws:
         self._num_seen = state["num_seen"]
 
 
-def read_records(
-    data: Demonstrations, numbers: Sequence[int], mine: dict[int, list[Demonstration]]
-) -> list[Read]:
-    """Read records, each on one rank; return what all ranks found, in the order of `numbers`.
-
-    Args:
-        mine: gets the demonstrations that this rank has read.
-    """
-    found = []
-    for number in list(numbers)[dist.get_rank() :: dist.get_world_size()]:
-        try:
-            loaded = data.load(number)
-            mine[number] = [demonstration for demonstration, _ in loaded]
-            found.append(Read(number, data.row_id(number), tuple(s for _, s in loaded), ""))
-        except ValueError as error:
-            reason = str(error) or type(error).__name__
-            found.append(Read(number, data.row_id(number), (), reason))
+def read_records(data: Demonstrations, numbers: Sequence[int]) -> list[Read]:
+    """Check records, each on one rank; return what all ranks found, in the order of `numbers`."""
+    mine = list(numbers)[dist.get_rank() :: dist.get_world_size()]
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        found = list(threads.map(partial(_read, data), mine))
     by_number = {read.number: read for read in parallel.gather_over_world(found)}
     return [by_number[number] for number in numbers]
 
 
+def _read(data: Demonstrations, number: int) -> Read:
+    sizes, reason = (), ""
+    try:
+        sizes = tuple(data.sizes(number))
+    except ValueError as error:
+        reason = str(error) or type(error).__name__
+    return Read(number, data.row_id(number), sizes, reason)
+
+
 def build(
-    batch: Batch, data: Demonstrations, builder: batching.StepBuilder
+    records: Sequence[Read], data: Demonstrations, builder: batching.StepBuilder
 ) -> tuple[StepBatch, dict[str, float]]:
-    """Build this rank's share of a batch; what another rank has read is read once more."""
-    places = [(read, turn) for read in batch.read for turn in range(len(read.sizes))]
+    """Build this rank's share of a batch of good records: it loads what it trains on."""
+    places = [(read, turn) for read in records for turn in range(len(read.sizes))]
     sizes = [
         SampleSize(
             (f"{read.number}/{turn}", 0),
@@ -180,12 +170,11 @@ def build(
         )
         for read, turn in places
     ]
+    loaded = cache(data.load)
 
     def sample(index: int) -> batching.Sample:
         read, turn = places[index]
-        if read.number not in batch.mine:
-            batch.mine[read.number] = [d for d, _ in data.load(read.number)]
-        return batching.sample_of_demonstration(batch.mine[read.number][turn])
+        return batching.sample_of_demonstration(loaded(read.number)[turn])
 
     step, plan = builder.build(sizes, sample)
     return step, plan.metrics() | {"tokens": float(sum(size.num_tokens for size in sizes))}

@@ -1,7 +1,7 @@
 """The supervised cold start: imitate demonstrations, then write a Hugging Face folder.
 
-Records are read when they are drawn, each by one rank; a bad one is recorded and another drawn in
-its place, on all ranks alike.
+Records are checked when they are drawn, each by one rank; a bad one is recorded and another drawn
+in its place, on all ranks alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from megatron_mmr1.observability.metrics import MetricsWriter, truncate_after
 from megatron_mmr1.observability.progress import SFT_FIELDS, Progress
 from megatron_mmr1.trainers.demonstration_batches import (
     BadRecords,
-    Batch,
     Draws,
     build,
     read_records,
@@ -135,12 +134,10 @@ class Validation:
         """Measure. Bad records are recorded and left out."""
         total = num_tokens = 0.0
         for numbers in batched(range(len(self._data)), self._batch_size):
-            batch = Batch()
-            read = read_records(self._data, numbers, batch.mine)
-            batch.read = [r for r in read if not r.reason]
+            read = read_records(self._data, numbers)
             self._bad_records.add(self._data.path, [r.as_bad_row() for r in read if r.reason])
-            if batch.read:
-                step, _ = build(batch, self._data, self._builder)
+            if good := [r for r in read if not r.reason]:
+                step, _ = build(good, self._data, self._builder)
                 for logprobs_R in policy.logprobs(step, _WHOLE_SOFTMAX):
                     total -= float(logprobs_R.sum())
                     num_tokens += len(logprobs_R)
