@@ -57,7 +57,7 @@ kernel-gates: $(STAMP)
 	$(BIN)/python tools/check_kernel_gates.py --markdown docs/kernel_gates.md
 
 # What can be measured on a CPU: packing and balance; the sampler; the verifier; the memory of the output layer (5 GB); the
-# converters against plain copies (6 GB of disk).
+# converters against plain copies (6 GB of disk); the memory that large images take.
 bench: $(STAMP)
 	$(BIN)/python tools/measure_packing.py
 	$(BIN)/python tools/measure_sampling.py
@@ -65,6 +65,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/measure_verifier.py
 	$(BIN)/python tools/measure_head_memory.py
 	$(BIN)/python tools/measure_conversion.py
+	$(BIN)/python tools/measure_image_memory.py --rows 1500 --used 300
 
 check: $(STAMP)
 	$(BIN)/ruff check .
