@@ -97,16 +97,24 @@ class ArrowRecords(Records):
 
 def _of_parquet(path: Path) -> ArrowRecords:
     import datasets
+    import pyarrow
+    import pyarrow.dataset
     import pyarrow.parquet as pq
     from datasets.exceptions import DatasetGenerationError
 
     try:
         pq.read_schema(path)  # the library's own words for a damaged file are a page long
         dataset = datasets.load_dataset(
-            "parquet", data_files={"train": str(path)}, split="train", verification_mode="no_checks"
+            "parquet",
+            data_files={"train": str(path)},
+            split="train",
+            verification_mode="no_checks",
+            # Otherwise the whole file is read ahead; so, at most Arrow's limit of 1 GiB.
+            fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False),
         )
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{path} is not a readable parquet file ({error})") from error
+    pyarrow.default_memory_pool().release_unused()  # what was read ahead goes back to the system
     return ArrowRecords(dataset)
 
 
