@@ -114,7 +114,7 @@ class Draws:
             if found := [r.as_bad_row() for r in read if r.reason]:
                 self._bad_records.add(self._data.path, found)
                 bad |= {row.row for row in found}
-                self._stop_if_too_many()
+            self._stop_if_too_many()
         step, measured = build(good, self._data, builder)
         return step, measured | {"data/bad_records": float(len(bad))}
 
