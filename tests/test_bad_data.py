@@ -230,6 +230,29 @@ def test_too_many_bad_conversations_end_the_run_with_a_summary(
     assert sorted(json.loads(line)["row_id"] for line in lines) == ["alone", "none", "speaker"]
 
 
+def test_the_share_of_bad_conversations_is_judged_beyond_doubt_or_exactly(tmp_path, process_group):
+    """5% of 100 seen leave room for chance; of all records they don't."""
+    from megatron_mmr1.trainers.demonstration_batches import BadRecords, Draws
+
+    class Records(list):
+        path = "a.json"
+
+    def stops(num_bad: int, num_seen: int, num_records: int) -> bool:
+        bad = BadRecords(tmp_path)
+        bad.add("a.json", [BadRow(number, "", "bad") for number in range(num_bad)])
+        draws = Draws(Records(range(num_records)), 0, 0.05, bad)  # pyright: ignore[reportArgumentType]
+        draws.load_state_dict(draws.state_dict() | {"num_seen": num_seen})
+        try:
+            draws._stop_if_too_many()
+        except ValueError:
+            return True
+        return False
+
+    assert not stops(8, 100, 1000) and stops(13, 100, 1000)
+    assert not stops(5, 100, 100) and stops(6, 100, 100)
+    assert not stops(60, 99, 1000)  # too few to say
+
+
 def test_a_rank_reads_the_good_conversations_beside_the_bad_ones(
     folder, tiny_processor, process_group
 ):

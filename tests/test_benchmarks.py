@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from megatron_mmr1.evaluation.formats import read_hub
 from megatron_mmr1.evaluation.prompts import prompt_text
 from megatron_mmr1.evaluation.questions import Answered, Extracted, Question, Score, Scores
 from megatron_mmr1.evaluation.records import QuestionReader
@@ -784,6 +785,30 @@ def run(outcomes_of: str, per_cluster: int = 1, **groups: Any) -> list[Answered]
             Answered(question, "<image>?", "so \\boxed{4}", extracted, Scores(one, one))
         )
     return answered
+
+
+def test_images_in_lists_stay_encoded_when_streamed_from_a_hub(tmp_path, monkeypatch):
+    import datasets
+
+    content = [
+        {"problem": "<image>?", "answer": "1", "images": [{"bytes": picture(), "path": None}]}
+    ]
+    pq.write_table(pa.Table.from_pylist(content), tmp_path / "rows.parquet")
+    features = datasets.Features(
+        problem=datasets.Value("string"),
+        answer=datasets.Value("string"),
+        images=datasets.List(datasets.Image()),
+    )
+
+    def streamed(name, config, **settings):
+        files = str(tmp_path / "rows.parquet")
+        data: Any = load("parquet", data_files=files, split="train", streaming=True)
+        return data.cast(features)
+
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", streamed)
+    (row,) = read_hub("owner/name:train", "train", None)
+    assert row["images"][0]["bytes"] == picture()  # pyright: ignore
 
 
 def test_unscored_responses_are_in_no_denominator_and_bound_the_accuracy():

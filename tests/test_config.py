@@ -26,7 +26,13 @@ from megatron_mmr1.config.layout import (
 from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
 from megatron_mmr1.config.schema import EvaluateConfig, GrpoConfig, ParallelConfig, SftConfig
-from megatron_mmr1.config.validate import check_module, validate, validate_evaluate, validate_sft
+from megatron_mmr1.config.validate import (
+    check_module,
+    is_hub_id,
+    validate,
+    validate_evaluate,
+    validate_sft,
+)
 
 TEXT_CONFIG = {
     "num_attention_heads": 8,
@@ -516,6 +522,32 @@ def test_a_run_folder_records_the_config_and_is_taken_once(files: Path, tmp_path
     assert cold_dir == tmp_path / "digits_sft" / "first"
     (cold_dir / "metrics.jsonl").touch()
     assert "resume=auto" in message_of(open_run_dir, cold, "first")
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "32b"])
+def test_mmr1s_rl_starts_from_what_its_cold_start_writes(files: Path, size: str, tmp_path: Path):
+    cold = replace(sft(files, f"experiment=mmr1_{size}_sft_8xh100"), output_dir=str(tmp_path))
+    path = f"data.heldout={files / 'data.parquet'}"
+    config = cli.load_config(GrpoConfig, "experiment", [f"experiment=mmr1_{size}_vas_8xh100", path])
+    written = open_run_dir(cold, "main") / "hf"
+    assert Path(config.model.path) == Path("outputs") / written.relative_to(tmp_path)
+
+
+def test_more_bad_rows_may_be_allowed_on_resuming_but_not_another_filter(
+    files: Path, tmp_path: Path
+):
+    """A cold start sets aside what is longer than a micro-batch: another length, other draws."""
+    first = replace(sft(files), output_dir=str(tmp_path))
+    open_run_dir(first, "a")
+    again = replace(first, resume="auto", run="a", max_bad_share=0.2)
+    assert open_run_dir(again, "a") == tmp_path / "digits_sft" / "a"
+    other = replace(again, max_tokens_per_microbatch=first.max_tokens_per_microbatch + 8)
+    assert "max_tokens_per_microbatch" in message_of(open_run_dir, other, "a")
+
+
+def test_hub_ids_may_hold_dots():
+    assert is_hub_id("MMR1/MMR1-RL:train@v1.0") and is_hub_id("org/llava-1.5-data:train")
+    assert not is_hub_id("data/train.parquet") and not is_hub_id("nowhere/train.jsonl")
 
 
 def test_resuming_needs_the_saved_config(files: Path, tmp_path: Path):

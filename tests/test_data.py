@@ -323,6 +323,25 @@ def test_more_images_than_the_engine_takes_are_set_aside(
     assert PromptDataset(path, processor, max_images=2).prompt_ids == ["a", "b"]
 
 
+def test_image_files_that_are_mended_count_at_the_next_start(
+    processor: PromptProcessor, tmp_path: Path
+) -> None:
+    rows = [{"id": n, "problem": "<image>Sum?", "answer": "8", "images": [n]} for n in ("a", "b")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a").write_bytes(png(56))
+    assert PromptDataset(tmp_path / "rows.jsonl", processor).prompt_ids == ["a"]
+    (tmp_path / "b").write_bytes(png(56))
+    assert PromptDataset(tmp_path / "rows.jsonl", processor).prompt_ids == ["a", "b"]
+    (tmp_path / "a").unlink()
+    assert PromptDataset(tmp_path / "rows.jsonl", processor).prompt_ids == ["b"]
+
+
+def test_a_table_of_text_alone_needs_no_images(processor: PromptProcessor, tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"problem": "Sum?", "answer": "8"}])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert len(PromptDataset(tmp_path / "rows.parquet", processor)) == 1
+
+
 def test_an_instruction_comes_before_the_question(
     processor: PromptProcessor, tmp_path: Path
 ) -> None:

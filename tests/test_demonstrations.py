@@ -89,6 +89,22 @@ def test_other_spellings_give_the_same(folder, tiny_processor):
 
 
 # Others are in tests/data/bad.
+def test_a_null_column_is_no_images(folder, tiny_processor):
+    plain = record(HUMAN, ("gpt", "8"), images=["0.png"])
+    other = plain | {"image": "0.png", "images": None, "messages": None}
+    data = opened(folder, tiny_processor, plain, other)
+    assert data.sizes(0) == data.sizes(1)
+
+
+def test_turns_that_the_template_refuses_are_bad(folder, tiny_processor, monkeypatch):
+    """Such as a system turn: of one record, and not the end of the run."""
+    refusal = "{{ raise_exception('no system turn') }}"
+    monkeypatch.setattr(tiny_processor._processor, "chat_template", refusal)
+    data = opened(folder, tiny_processor, record(HUMAN, ("gpt", "8"), images=["0.png"]))
+    with pytest.raises(ValueError, match="the chat template refuses it: no system turn"):
+        data.sizes(0)
+
+
 BAD = {
     "answer first": (record(("gpt", "8"), ("human", "?")), "by turns"),
     "twice": (record(("human", "a"), ("human", "b"), ("gpt", "8")), "by turns"),

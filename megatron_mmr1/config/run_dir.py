@@ -23,7 +23,10 @@ CONFIG_FILE = "config.yaml"
 # computes (but for float32 rounding).
 _MAY_DIFFER = re.compile(
     r"resume|output_dir|parallel\..*|max_tokens_per_microbatch|rollout\.tp_size"
+    r"|(data\.)?max_bad_share"
 )
+# A cold start sets aside what is longer than a micro-batch, so that this decides its draws.
+_MAY_DIFFER_IN_A_COLD_START = re.compile(r"resume|output_dir|parallel\..*|max_bad_share")
 _MAY_DIFFER_IN_EVALUATION = re.compile(
     r"output|name|max_bad_share|rollout\.kv_cache_bytes|reward\..*"
 )
@@ -73,7 +76,7 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
                 f"run={run_name!r}: {run_dir} is in use; use resume=auto to continue it, or another"
                 " run="
             )
-        _check_same_config(run_dir, text)
+        _check_same_config(run_dir, text, _MAY_DIFFER_IN_A_COLD_START if is_sft else _MAY_DIFFER)
     else:
         _save_config(run_dir, text)
     return run_dir

@@ -224,11 +224,12 @@ def check_source(key: str, source: str) -> None:
 def is_hub_id(source: str) -> bool:
     """Whether a source has the form OWNER/NAME[:SPLIT][@REVISION], and is not a path.
 
-    A path of one folder and one name without an ending looks the same: only if there is no such
-    folder here it is a hub id.
+    A path of one folder and one name looks the same: only if it has no ending of a data file, and
+    there is no such folder here, it is a hub id.
     """
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?::[\w.-]+)?(?:@[\w./-]+)?", source)
-    return bool(is_id) and not Path(source).suffix and not Path(source).parent.exists()
+    is_file = Path(source).suffix in (".parquet", ".json", ".jsonl", ".ndjson", ".tsv")
+    return bool(is_id) and not is_file and not Path(source).parent.exists()
 
 
 def _check_pixels(low_key: str, low: int, high_key: str, high: int) -> None:

@@ -33,6 +33,7 @@ from megatron_mmr1.data.records import BadRecord, Records, cache_folder, open_re
 from megatron_mmr1.types import Prompt
 
 CACHE_BYTES = 512 << 20
+_NUM_LOOKED_AT = 100  # records, to see whether images are files of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,7 @@ class PromptDataset(Dataset[Prompt]):
         settings = {
             "version": __version__,
             "records": self._records.identity,
+            "image_files": self._image_stamp(),
             "processor": self._processor.identity,
             "keys": self._keys,
             "instruction": self._instruction,
@@ -205,6 +207,25 @@ class PromptDataset(Dataset[Prompt]):
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
             partial.replace(path)
         return found
+
+    def _image_stamp(self) -> str:
+        """A hash of names, sizes and times of the image files that the records name.
+
+        "" where the first records have their images in them: then all are taken to, and looking at
+        all would read the whole file.
+        """
+        total, digest = len(self._records), hashlib.sha256()
+        if not any(self._stamps(number) for number in range(min(total, _NUM_LOOKED_AT))):
+            return ""
+        for number in range(total):
+            digest.update(repr(self._stamps(number)).encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+    def _stamps(self, number: int) -> list[tuple[str, int, int]]:
+        try:
+            return self._files.stamps(self._records[number].get(self._keys.images))
+        except ValueError:
+            return []
 
     def _checked(self, on_progress: Callable[[int, int], None]) -> Iterator[_Checked]:
         """Check all rows, in threads: what takes time, decoding, lets other threads run."""
@@ -287,7 +308,8 @@ def prompt_size(asked: Asked, measure: Measure, max_tokens: int) -> RowSize:
 def _require_keys(records: Records, keys: Keys, name: str) -> None:
     """Refuse a table that lacks a column; JSON records are checked one by one."""
     for part, key in keys._asdict().items():
-        if records.columns is not None and key not in records.columns:
+        is_left_out = part == "images" and key == Keys().images  # text alone
+        if records.columns is not None and key not in records.columns and not is_left_out:
             raise ValueError(
                 f"{name} has no column {key!r}; it has {', '.join(records.columns)}: name the right"
                 f" one as data.{part}_key"

@@ -132,7 +132,7 @@ def read_conversation(record: dict[str, Any], files: ImageFiles) -> Conversation
         ValueError: with the reason why the record is bad.
     """
     turns = _turns(record)
-    return Conversation(turns, files.read(record.get("images", record.get("image"))))
+    return Conversation(turns, files.read(_first_of(record, "images", "image")))
 
 
 def conversation_sizes(
@@ -166,7 +166,7 @@ def _turns(record: dict[str, Any]) -> list[Turn]:
     Raises:
         ValueError: it is anything else, or an assistant's turn is empty.
     """
-    listed = record.get("conversations", record.get("messages"))
+    listed = _first_of(record, "conversations", "messages")
     if not isinstance(listed, list) or not listed:
         raise ValueError("no conversation")
     turns = [_turn(entry) for entry in listed]
@@ -184,6 +184,11 @@ def _turns(record: dict[str, Any]) -> list[Turn]:
         if turn.role == "assistant" and IMAGE_TAG in turn.text:
             raise ValueError(f"a response holds {IMAGE_TAG}")
     return turns
+
+
+def _first_of(record: dict[str, Any], *keys: str) -> Any:
+    """Return the first value that is there and not null (a table has all columns in every row)."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
 def _turn(entry: Any) -> Turn:

@@ -34,6 +34,24 @@ class ImageFiles:
             return []
         return [self._read(image) for image in (images if isinstance(images, list) else [images])]
 
+    def stamps(self, images: Any) -> list[tuple[str, int, int]]:
+        """Return name, size in bytes and time (ns) of a record's image files; -1 of missing ones.
+
+        Nothing of images whose bytes are in the record.
+        """
+        found = []
+        for image in images if isinstance(images, list) else [images]:
+            path = image
+            if isinstance(image, dict):
+                path = image.get("path") if image.get("bytes") is None else None
+            if isinstance(path, str) and self._root is not None:
+                try:
+                    status = (self._root / path).stat()
+                    found.append((path, status.st_size, status.st_mtime_ns))
+                except (OSError, ValueError):
+                    found.append((path, -1, -1))
+        return found
+
     def _read(self, image: Any) -> bytes:
         data, path = image, None
         if isinstance(image, dict):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from megatron_mmr1.config.model_folder import check_processor_files, has_vision
@@ -196,8 +197,8 @@ class PromptProcessor:
         """Apply the chat template; each image is still one placeholder.
 
         Raises:
-            ValueError: the number of `<image>` tags is not `num_images`, the model takes none, or
-                a turn holds one of its vision tokens as text.
+            ValueError: the number of `<image>` tags is not `num_images`, the model takes none, a
+                turn holds one of its vision tokens as text, or the template refuses the turns.
         """
         turns = [*history, Turn("user", question)]
         require_tags(turns, num_images)
@@ -211,9 +212,12 @@ class PromptProcessor:
             {"role": turn.role, "content": turn.text if is_blind else content_parts(turn.text)}
             for turn in turns
         ]
-        return self._processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            return self._processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:  # such as a system turn that a model doesn't take
+            raise ValueError(f"the chat template refuses it: {error}") from error
 
     def count_tokens(
         self, question: str, pictures: Sequence[Image.Image], history: Sequence[Turn] = ()

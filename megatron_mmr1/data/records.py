@@ -120,15 +120,17 @@ def _of_parquet(path: Path) -> ArrowRecords:
 
 def _of_hub(source: str) -> ArrowRecords:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     name, _, revision = source.partition("@")
     name, _, split = name.partition(":")
     try:
         dataset = datasets.load_dataset(name, split=split or "train", revision=revision or None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"{source} can't be loaded from the hub ({error}); check name and split, or download "
-            "it and give the file"
+            f"{source} can't be loaded from the hub ({error}); hubs are asked only with "
+            "HF_HUB_OFFLINE=0 in the environment; check name and split, or download it and give "
+            "the file"
         ) from error
     return ArrowRecords(dataset)
 

@@ -74,6 +74,7 @@ def read_hub(source: str, split: str, config: str | None) -> Iterator[Row]:
     pinned: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ValueError(
             f"reading {source!r} from a hub needs the datasets library: pip install datasets, or "
@@ -83,14 +84,13 @@ def read_hub(source: str, split: str, config: str | None) -> Iterator[Row]:
         data: Any = datasets.load_dataset(
             name, config, split=own_split or split, streaming=True, **pinned
         )
-    except (OSError, ValueError) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"can't load {source!r} from the hub ({error}); without a network, give the path of a "
-            "local file"
+            f"can't load {source!r} from the hub ({error}); hubs are asked only with "
+            "HF_HUB_OFFLINE=0 in the environment; without a network, give the path of a local file"
         ) from error
-    for column, feature in (data.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
+    if data.features:  # images stay encoded, those in lists too
+        data = data.decode(False)
     yield from data
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from megatron_mmr1.config.model_folder import has_vision
 from megatron_mmr1.config.schema import EngineConfig, EvaluateConfig
 from megatron_mmr1.data.images import decode_image, fit_pixels
@@ -141,9 +143,12 @@ class _ChatModel:
         if placeholder and placeholder in text:
             raise ValueError(f"the text holds the image token {placeholder}")
         messages = [{"role": "user", "content": content_parts(text)}]
-        text = self._processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self._processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
         pictures = tuple(fit_pixels(decode_image(data), *self._pixels) for data in question.images)
         num_bytes = sum(3 * picture.width * picture.height for picture in pictures)
         prompt = ChatPrompt(question.question_id, text, pictures)

@@ -136,8 +136,9 @@ class Judge:
             except urllib.error.HTTPError as error:
                 failure = f"HTTP status {error.code}"
                 error.close()
-                self._note(is_failure=True)
-                if error.code < 500 and error.code not in (408, 429):
+                is_busy = error.code in (408, 429)  # one of too many at once, not a dead endpoint
+                self._note(is_failure=not is_busy)
+                if error.code < 500 and not is_busy:
                     break  # it won't be another the next time
                 continue
             except (OSError, HTTPException) as error:  # time-outs, refused or broken connections

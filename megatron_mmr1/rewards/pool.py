@@ -225,7 +225,8 @@ class VerifierPool:
     def _wait(self, judgement: _Judgement) -> tuple[Outcome, str]:
         for _ in range(2):
             if not self._is_done(judgement):
-                self._stop_workers()
+                if judgement.pool is self._pool:
+                    self._stop_workers()
                 self._schedule(judgement)
                 continue
             try:

@@ -7,6 +7,7 @@ the tensors of a step in backend/batching.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -81,7 +82,8 @@ class Draws:
     A record that was found bad is passed over from then on.
 
     Args:
-        max_bad_share: of the records seen, above which the run stops.
+        max_bad_share: of the records, above which the run stops: as soon as those seen leave no
+            doubt (three standard deviations), and exactly once all were seen.
     """
 
     def __init__(
@@ -120,8 +122,10 @@ class Draws:
 
     def _stop_if_too_many(self) -> None:
         bad = self._bad_records.of(self._data.path)
-        is_enough = self._num_seen >= min(_MIN_SEEN, len(self._data))
-        if is_enough and len(bad) > self._max_bad_share * self._num_seen:
+        share, num_seen = self._max_bad_share, self._num_seen
+        doubt = 3 * math.sqrt(num_seen * share * (1 - share)) if num_seen < len(self._data) else 0
+        is_enough = num_seen >= min(_MIN_SEEN, len(self._data))
+        if is_enough and len(bad) > share * num_seen + doubt:
             raise ValueError(
                 f"max_bad_share={self._max_bad_share}: {len(bad)} of {self._num_seen} records of"
                 f" {self._data.path} are bad ({summary(bad)}); see {self._bad_records.path}, and "

@@ -16,6 +16,7 @@ from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.config.schema import SftConfig
+from megatron_mmr1.data.dataset import summary
 from megatron_mmr1.data.demonstrations import Demonstrations
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.kernels.contract import SoftmaxRule
@@ -55,7 +56,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     validation = None
     if config.validation:
         held_out = Demonstrations(config.validation, processor, limit)
-        validation = Validation(held_out, builder, config.global_batch_size, bad_records)
+        validation = Validation(held_out, builder, config, bad_records)
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep_last)
     step, best = _resume(config, checkpoints, policy, draws, bad_records)
     if parallel.is_main():
@@ -124,11 +125,11 @@ class Validation:
         self,
         data: Demonstrations,
         builder: batching.StepBuilder,
-        batch_size: int,
+        config: SftConfig,
         bad_records: BadRecords,
     ) -> None:
-        self._data, self._builder = data, builder
-        self._batch_size, self._bad_records = batch_size, bad_records
+        self._data, self._builder, self._bad_records = data, builder, bad_records
+        self._batch_size, self._max_bad_share = config.global_batch_size, config.max_bad_share
 
     def loss(self, policy: MegatronPolicy) -> float:
         """Measure. Bad records are recorded and left out."""
@@ -144,6 +145,10 @@ class Validation:
         # Ranks of one data-parallel replica have the same.
         shares = dict(parallel.gather_over_world([(parallel.dp_rank(), (total, num_tokens))]))
         total, num_tokens = (sum(values) for values in zip(*shares.values(), strict=True))
-        if not num_tokens:
-            raise ValueError(f"validation={self._data.path!r} has no good record")
+        bad, share = self._bad_records.of(self._data.path), self._max_bad_share
+        if not num_tokens or len(bad) > share * len(self._data):
+            raise ValueError(
+                f"max_bad_share={share}: {len(bad)} of {len(self._data)} records of validation="
+                f"{self._data.path!r} are bad ({summary(bad)}); mend them or raise the share"
+            )
         return total / num_tokens
