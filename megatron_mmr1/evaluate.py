@@ -48,23 +48,17 @@ def run(argv: list[str], model: Model | None = None) -> Path:
     config = load_config(EvaluateConfig, "evaluate", argv)
     validate_evaluate(config)
     config = settled(config)
-    # A single file of responses beside the folder, for the embedded task.
-    responses_file = config.output if (config.output or "").endswith(".jsonl") else None
-    if responses_file:
-        config.output = None
     folder = open_evaluation_dir(config)
     print(f"output folder: {folder}", flush=True)
 
     from megatron_mmr1 import device
 
     device.prepare_process()
-    answered = _evaluate(config, folder, model)
-    if responses_file:
-        _write_responses(Path(responses_file), answered)
+    _evaluate(config, folder, model)
     return folder
 
 
-def _evaluate(config: EvaluateConfig, folder: Path, model: Model | None) -> list[Answered]:
+def _evaluate(config: EvaluateConfig, folder: Path, model: Model | None) -> None:
     """Evaluate a settled config into a folder that `open_evaluation_dir` made.
 
     Raises:
@@ -94,7 +88,6 @@ def _evaluate(config: EvaluateConfig, folder: Path, model: Model | None) -> list
     answered = score_replies(contents, journal, config.reward)
     _write_results(config, folder, contents, answered, len(refused))
     shutil.rmtree(folder / CONVERTED, ignore_errors=True)
-    return answered
 
 
 def _generate(
@@ -209,37 +202,6 @@ def _write_bad_rows(
                 for kind, bad in rows
             ]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _write_responses(path: Path, answered: list[Answered]) -> None:
-    """Write one JSON object a question, with its rollouts."""
-    groups: dict[str, dict[str, Any]] = {}
-    for item in answered:
-        question = item.question
-        record = groups.setdefault(
-            question.question_id,
-            {
-                "prompt_id": question.question_id,
-                "category": question.groups.get("category", ("",))[0],
-                "question": item.prompt,
-                "answer": question.answer,
-                "rollouts": [],
-            },
-        )
-        outcome = item.scores.strict.outcome
-        record["rollouts"].append(
-            {
-                "sample_index": item.sample_index,
-                "text": item.response,
-                "finish_reason": "length" if item.is_cut_off else "stop",
-                "outcome": "could_not_judge" if outcome == "unscored" else outcome,
-                "reason": item.scores.strict.reason,
-            }
-        )
-    lines = [json.dumps(record) + "\n" for record in groups.values()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
-    print(f"responses: {path}")
 
 
 if __name__ == "__main__":

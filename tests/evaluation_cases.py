@@ -129,7 +129,6 @@ def main(folder: Path, model_folder: Path) -> None:
     several = ["rollout.temperature=1.0", "samples_per_prompt=3"]
     digits = ["benchmark=digits", "data=digits/heldout.parquet"]
     run(*digits, *several, "output=digits_run")
-    found["default for a file"] = run(*digits, "output=answers.jsonl")
     # Last: it changes the data.
     path = Path("logicvista.json")
     path.write_text(path.read_text().replace("Which?", "What?"))

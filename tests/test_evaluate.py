@@ -469,15 +469,13 @@ def test_mathverse_is_answered_with_its_groups(done: Path):
 
 
 @pytest.mark.vllm
-def test_digits_can_be_sampled_several_times_and_keep_their_file_of_responses(done: Path):
+def test_digits_can_be_sampled_several_times(done: Path):
     rows = samples(done / "digits_run")
     assert len(rows) == 60 and {row["sample_index"] for row in rows} == {0, 1, 2}
     assert len({row["resps"][0] for row in rows[:3]}) > 1
     summary = json.loads((done / "digits_run/summary.json").read_text())
     assert summary["overall"]["strict"] == summary["overall"]["compat"]
-    records = [json.loads(line) for line in (done / "answers.jsonl").open()]
-    assert len(records) == 20 and records[0]["rollouts"][0]["outcome"] in ("correct", "wrong")
-    assert (done / found(done)["default for a file"] / "summary.json").is_file()
+    assert rows[0]["strict"]["outcome"] in ("correct", "wrong")
 
 
 def evaluate_cli(folder: Path, model: Path, output: str, *more: str) -> list[dict[str, Any]]:

@@ -129,16 +129,16 @@ def continued(runs: Runs, whole: Path) -> Continued:
     """The killed run, continued; and the whole run's model, evaluated as anybody would."""
     assert not (runs.dir("cut") / "hf").exists(), "it was killed too late"
     resumed = runs.train("cut", "resume=auto")
-    responses = runs.folder / "responses.jsonl"
+    output = runs.folder / "evaluation"
     evaluated = Process(
         runs.folder / "evaluate",
         *("-m", "megatron_mmr1.evaluate", "benchmark=digits", f"model={whole / 'hf'}"),
         *(f"data={runs.folder / 'heldout.parquet'}", "rollout.temperature=0"),
-        f"output={responses}",
+        f"output={output}",
     ).wait()
     resumed.wait().succeeded()
     evaluated.succeeded()
-    lines = responses.read_text().splitlines()
+    lines = (output / "samples.jsonl").read_text().splitlines()
     return Continued(runs.dir("cut"), evaluated, [json.loads(line) for line in lines])
 
 
@@ -350,7 +350,7 @@ def test_two_ranks_take_the_same_several_steps_a_batch(replays: Replays):
 
 def test_evaluate_agrees_with_the_runs_own_last_evaluation(continued: Continued, whole: Path):
     """Also: vLLM serves the folder that the run wrote."""
-    outcomes = [r["outcome"] for row in continued.responses for r in row["rollouts"]]
+    outcomes = [sample["strict"]["outcome"] for sample in continued.responses]
     assert len(outcomes) == 20
     expected = read_metrics(whole)[-1]["eval/accuracy_greedy"]
     assert outcomes.count("correct") / len(outcomes) == expected
