@@ -15,7 +15,12 @@ from torch import Tensor
 from megatron_mmr1.backend import batching
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
-from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_mmr1.config.schema import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from megatron_mmr1.convert import AttentionShape
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.data.tiny_model import TEXT_SIZES
@@ -99,11 +104,12 @@ def make_policy(
 ) -> MegatronPolicy:
     """A fresh policy whose gradients are not clipped, so that they can be compared."""
     return MegatronPolicy(
-        ModelConfig(path=str(folder), dtype=dtype, freeze_vision=freeze_vision),
+        ModelConfig(path=str(folder), freeze_vision=freeze_vision),
         layout or ParallelConfig(),
         OptimizerConfig(lr=lr, schedule="linear", max_grad_norm=NO_CLIPPING),
         num_steps=10,
         keep_reference=keep_reference,
+        precision=PrecisionConfig(dtype),
     )
 
 

@@ -32,6 +32,7 @@ from megatron_mmr1.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PrecisionConfig,
 )
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.kernels.contract import SoftmaxRule
@@ -65,7 +66,13 @@ def lay(name: str) -> ParallelConfig:
 
 def make_policy(layout: ParallelConfig, model: str = "untied", dtype: str = "float32"):
     optimizer = OptimizerConfig(lr=1e-3, schedule="linear", max_grad_norm=NO_CLIPPING)
-    return MegatronPolicy(ModelConfig(str(FOLDER / model), dtype), layout, optimizer, num_steps=10)
+    return MegatronPolicy(
+        ModelConfig(str(FOLDER / model)),
+        layout,
+        optimizer,
+        num_steps=10,
+        precision=PrecisionConfig(dtype),
+    )
 
 
 def make_step(policy: MegatronPolicy, layout: ParallelConfig, seed: int = 0) -> StepBatch:

@@ -129,7 +129,7 @@ def test_mmr1s_experiments_have_the_papers_values(files: Path, size: str):
     assert (algorithm.kl_coefficient, algorithm.clip_low, algorithm.clip_high) == (0.01, 0.2, 0.2)
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-6, 0.01)
     assert (config.reward.format_weight, config.reward.accuracy_weight) == (1, 1)
-    assert (config.model.dtype, cold.model.dtype) == ("bfloat16", "bfloat16")
+    assert (config.precision.dtype, cold.precision.dtype) == ("bfloat16", "bfloat16")
     found = {
         (s.preset, s.scoring_rollouts, s.update_every, s.alpha, s.beta, s.mixture_ratio)
         for s in (
@@ -244,8 +244,12 @@ GRPO_FAULTS = [
     ),
     ("parallel.ep_size=2", "parallel.ep_size=2 ", "use 1"),
     ("parallel.recompute=some", "parallel.recompute='some' ", "none or selective or full"),
-    ("model.fp8=hybrid", "model.fp8='hybrid' needs the module transformer_engine", "use off"),
-    ("model.fp8=bogus", "model.fp8='bogus' ", "off or hybrid or e4m3"),
+    (
+        "precision.fp8=hybrid",
+        "precision.fp8='hybrid' needs the module transformer_engine",
+        "use off",
+    ),
+    ("precision.fp8=bogus", "precision.fp8='bogus' ", "off or hybrid or e4m3"),
     ("rollout.tp_size=2", "rollout.tp_size=2 ", "use 1"),
     ("rollout.tp_size=0", "rollout.tp_size=0 ", "use 1 or more"),
     ("rollout.top_p=0.9", "rollout.top_p=0.9 ", "use 1.0"),
@@ -312,7 +316,7 @@ GRPO_FAULTS = [
     ),
     ("sampler={alpha: 0, beta: 0}", "sampler.alpha=0.0 and sampler.beta=0.0 ", "raise one"),
     ("sampler.update_every=0", "sampler.update_every=0 ", "use 1 or more"),
-    ("model.dtype=float16", "model.dtype='float16' ", "float32 or bfloat16"),
+    ("precision.dtype=float16", "precision.dtype='float16' ", "float32 or bfloat16"),
     ("model.path=nowhere", "model.path='nowhere' ", "megatron_mmr1.sft"),
     ("optimizer.schedule=step", "optimizer.schedule='step' ", "constant or linear or cosine"),
     ("optimizer.lr=0", "optimizer.lr=0.0 ", "above 0"),
@@ -435,7 +439,7 @@ def test_fp8_asks_for_tokens_and_sizes_in_sixteens():
     layout = ParallelConfig(tp_size=2, cp_size=2, sequence_parallel=True)
     assert (total_multiple(layout), total_multiple(layout, "hybrid")) == (8, 64)
     message = message_of(check_max_tokens, layout, 1000, 1, "why", "hybrid")
-    assert message.endswith("model.fp8=hybrid; use a multiple of 64, as 960")
+    assert message.endswith("precision.fp8=hybrid; use a multiple of 64, as 960")
     check_fp8(ParallelConfig(tp_size=8), sizes, "hybrid")
     check_fp8(ParallelConfig(tp_size=16), sizes, "off")
     message = message_of(check_fp8, ParallelConfig(tp_size=16), sizes, "hybrid")

@@ -21,7 +21,7 @@ from megatron_mmr1 import device
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
 from megatron_mmr1.backend.rotary import Rotary, max_positions
 from megatron_mmr1.config.layout import ModelSizes
-from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
+from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mmr1.convert import (
     FAMILIES,
     AttentionShape,
@@ -52,7 +52,7 @@ def tensors_of_hugging_face(config: Any) -> dict[str, torch.Size]:
 def tensors_of_ours(config: Any) -> list[tuple[str, torch.Size]]:
     """Names and shapes that the table makes of every Megatron parameter."""
     with device.seam(), torch.device("meta"):
-        megatron = transformer_config(config, ModelConfig("", "bfloat16"), ParallelConfig())
+        megatron = transformer_config(config, ParallelConfig(), PrecisionConfig("bfloat16"))
         parameters = list(PolicyStage(config, megatron).named_parameters())
     shape = AttentionShape.of(config.get_text_config())
     exported = megatron_to_hf(family_of(config).rules, parameters, shape)
@@ -74,7 +74,7 @@ def test_a_table_without_a_rule_would_be_noticed():
     """Negative control: Qwen2's table has no norms of queries and keys."""
     config = config_of(PUBLISHED["Qwen3-8B"])
     with device.seam(), torch.device("meta"):
-        megatron = transformer_config(config, ModelConfig("", "bfloat16"), ParallelConfig())
+        megatron = transformer_config(config, ParallelConfig(), PrecisionConfig("bfloat16"))
         parameters = list(PolicyStage(config, megatron).named_parameters())
     shape = AttentionShape.of(config)
     with pytest.raises(ValueError, match=r"no conversion rule .*q_layernorm"):
@@ -133,7 +133,7 @@ def test_a_part_that_our_decoder_lacks_is_refused(name: str, changes: dict[str, 
     published = PUBLISHED[name]
     config = config_of(replace(published, config=published.config | changes))
     with pytest.raises(ValueError, match=message):
-        transformer_config(config, ModelConfig(""), ParallelConfig())
+        transformer_config(config, ParallelConfig(), PrecisionConfig())
 
 
 def test_dynamic_wavelengths_are_the_default_ones_up_to_the_longest_position():
@@ -195,7 +195,7 @@ def test_configs_as_the_hub_has_them_are_read(name: str, tmp_path: Path):
         (tmp_path / file).touch()
     (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIGS[name]))
     config, sizes = read_config(tmp_path), ModelSizes.of(tmp_path)
-    megatron = transformer_config(config, ModelConfig(""), ParallelConfig())
+    megatron = transformer_config(config, ParallelConfig(), PrecisionConfig())
     Rotary(config.get_text_config(), family_of(config).interleaved_positions)
     assert sizes.num_layers == megatron.num_layers
     assert sizes.num_experts == (megatron.num_moe_experts or 0)

@@ -88,7 +88,7 @@ def _one_layout(config: ParityConfig) -> list[Cell]:
         config.parallel,
         config.dp_size,
         config.max_tokens_per_microbatch,
-        dtype=config.model.dtype,
+        dtype=config.precision.dtype,
         freeze_vision=config.model.freeze_vision,
         is_own_model=True,
         kinds=() if has_vision(config.model.path) else ("text",),

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_mmr1 import device
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
-from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
+from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mmr1.convert import (
     AttentionShape,
     Family,
@@ -127,7 +127,7 @@ def plan_of(
     family = family_of(hf_config)
     spelling = family.spelling_of(file_names)
     attention = AttentionShape.of(hf_config.get_text_config())
-    config = transformer_config(hf_config, ModelConfig(str(folder)), ParallelConfig())
+    config = transformer_config(hf_config, ParallelConfig(), PrecisionConfig())
     with device.seam(), torch.device("meta"):
         model: Any = PolicyStage(hf_config, config)
     with device.seam():

@@ -67,7 +67,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         return spec
     if config.fp8:
         # Megatron would run local layers in full precision without a word.
-        raise ValueError(f"model.fp8={config.fp8!r} needs a GPU, and there is none; use off")
+        raise ValueError(f"precision.fp8={config.fp8!r} needs a GPU, and there is none; use off")
     spec = get_gpt_layer_local_spec(
         num_experts=experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )

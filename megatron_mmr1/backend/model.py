@@ -35,7 +35,7 @@ from megatron_mmr1.backend.layout import LocalView
 from megatron_mmr1.backend.packing import pad_to
 from megatron_mmr1.backend.rotary import Rotary
 from megatron_mmr1.backend.towers import build_tower, num_deepstack_layers
-from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
+from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mmr1.convert import family_of
 from megatron_mmr1.kernels.contract import SoftmaxRule, Vocabulary
 from megatron_mmr1.kernels.head import OutputHead
@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    hf_config: Any, model: ModelConfig, parallel: ParallelConfig
+    hf_config: Any, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> TransformerConfig:
     """Build Megatron's TransformerConfig; sets only what we use.
 
@@ -67,8 +67,8 @@ def transformer_config(
     family = family_of(hf_config)
     _refuse_other_parts(text, family.has_qkv_bias)
     experts = getattr(text, "num_experts", None)
-    dtype = DTYPES[model.dtype]
-    fp8: Any = None if model.fp8 == "off" else model.fp8
+    dtype = DTYPES[precision.dtype]
+    fp8: Any = None if precision.fp8 == "off" else precision.fp8
     recompute: Any = None if parallel.recompute == "none" else parallel.recompute
     is_interleaved = parallel.vpp_size > 1
     return TransformerConfig(
@@ -99,7 +99,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         fp8=fp8,
-        fp8_recipe="tensorwise",
+        fp8_recipe=precision.recipe,
         tensor_model_parallel_size=parallel.tp_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pp_size,

@@ -74,7 +74,7 @@ class Packing:
 
     @classmethod
     def at(cls, layout: ParallelConfig, max_tokens: int, fp8: str = "off") -> Packing:
-        """Return the packing rules of a layout and of `model.fp8`."""
+        """Return the packing rules of a layout and of `precision.fp8`."""
         return cls(
             max_tokens,
             sequence_multiple=sequence_multiple(layout),

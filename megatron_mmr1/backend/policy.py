@@ -36,13 +36,19 @@ from megatron_mmr1.backend.packing import StepCost
 from megatron_mmr1.backend.rotary import max_positions
 from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
-from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_mmr1.config.schema import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from megatron_mmr1.convert import AttentionShape, family_of, read_config, settle_ties
 from megatron_mmr1.convert.hf_files import HfWeights
 from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.kernels.head import form_of
 from megatron_mmr1.types import PackedBatch, StepBatch
 
+_FLOAT32 = PrecisionConfig()
 _OnHidden = Callable[[Tensor, LocalView], tuple[Tensor, Tensor, Any]]
 
 
@@ -69,6 +75,7 @@ class MegatronPolicy:
         optimizer: OptimizerConfig,
         num_steps: int,
         keep_reference: bool = False,
+        precision: PrecisionConfig = _FLOAT32,
     ) -> None:
         hf_config, files = read_config(model.path), HfWeights(model.path)
         settle_ties(hf_config, files.tensors, files.are_equal)
@@ -82,7 +89,7 @@ class MegatronPolicy:
         self._max_positions = max_positions(text)
         is_interleaved = parallel_config.vpp_size > 1
         with device.seam():
-            config = transformer_config(hf_config, model, parallel_config)
+            config = transformer_config(hf_config, parallel_config, precision)
             # Autograd hooks that the garbage collector can't see keep the config. It must hold the
             # policy weakly: else each policy, and its process groups' threads, lives as long as the
             # process.

@@ -134,15 +134,15 @@ def check_fp8(parallel: ParallelConfig, sizes: ModelSizes, fp8: str) -> None:
     """
     if fp8 != "off" and sizes.num_experts and sizes.expert_size % _FP8_TOKENS:
         raise ValueError(
-            f"model.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and moe_intermediate_size is "
-            f"{sizes.expert_size}; use fp8=off"
+            f"precision.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and moe_intermediate_size is "
+            f"{sizes.expert_size}; use off"
         )
     part = sizes.intermediate_size // parallel.tp_size
     if fp8 != "off" and not sizes.num_experts and part % _FP8_TOKENS:
         raise ValueError(
-            f"model.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and intermediate_size="
+            f"precision.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and intermediate_size="
             f"{sizes.intermediate_size} over parallel.tp_size={parallel.tp_size} is {part}; use "
-            "fp8=off, or lower parallel.tp_size"
+            "off, or lower parallel.tp_size"
         )
 
 
@@ -165,8 +165,8 @@ def check_max_tokens(
         raise ValueError(
             f"max_tokens_per_microbatch={max_tokens} does not divide over parallel.cp_size="
             f"{parallel.cp_size} (in 2 * cp_size chunks) and tp_size={parallel.tp_size} (with "
-            f"sequence_parallel={parallel.sequence_parallel}), model.fp8={fp8}; use a multiple of "
-            f"{unit}, as {nearest}"
+            f"sequence_parallel={parallel.sequence_parallel}), precision.fp8={fp8}; use a multiple "
+            f"of {unit}, as {nearest}"
         )
     if max_tokens < fits:
         raise ValueError(

@@ -16,10 +16,25 @@ class ModelConfig:
     """The Hugging Face folder that training starts from."""
 
     path: str = MISSING
-    dtype: str = "float32"  # float32 | bfloat16
-    fp8: str = "off"  # off | hybrid | e4m3; needs Transformer Engine
     freeze_vision: bool = False
     kernels: str = "auto"  # auto | triton | torch; auto: triton on a GPU
+
+
+@dataclass
+class PrecisionConfig:
+    """What is computed in which number format. Presets are in hydra_conf/precision/
+    (`precision=NAME`); here is float32.
+
+    FP8 is for the decoder's linear layers, through Transformer Engine: on a GPU of compute
+    capability 8.9 or above.
+    """
+
+    dtype: str = "float32"  # of parameters and activations: float32 | bfloat16
+    fp8: str = "off"  # off | hybrid (E4M3 forward, E5M2 backward) | e4m3
+    recipe: str = "tensorwise"  # how FP8 is scaled: delayed | tensorwise | blockwise
+    first_last_bf16: bool = False  # the decoder's first and last layer stay in bfloat16
+    fp8_params: bool = False  # layers keep their weights in FP8; the optimizer's stay in float32
+    kv_cache: str = "auto"  # of rollouts: auto (as dtype) | fp8
 
 
 @dataclass
@@ -55,6 +70,19 @@ class OptimizerConfig:
     beta2: float = 0.999
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    # Whose Adam: auto (a fused one, where there is one) | torch | transformer_engine | apex
+    implementation: str = "auto"
+    # auto | on | off: weights' gradients are added up in float32 by the kernel that makes them
+    fused_accumulation: str = "auto"
+    cpu_offload: float = 0.0  # share of the states that live, and are stepped, on the CPU
+
+
+@dataclass
+class LaunchConfig:
+    """The machines that an experiment is made for; None = any number. Presets state theirs."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
 
 
 @dataclass
@@ -123,7 +151,7 @@ class EngineConfig:
     top_k: int = 0  # 0 = off
     max_response_tokens: int = MISSING
     max_images_per_prompt: int = 1
-    kv_cache_bytes: int = 256 << 20
+    kv_cache_bytes: int = 256 << 20  # 0, on a GPU: what there is room for
     pixel_bytes: int = 2 << 30  # of prompts in the engine; more wait without theirs
 
 
@@ -133,6 +161,9 @@ class RolloutConfig(EngineConfig):
 
     group_size: int = 8
     tp_size: int = 1  # consecutive processes that share one engine
+    # Engine and trainer take turns on the GPU: the engine sleeps while the policy trains, and
+    # gradients and optimizer states are away while responses are generated.
+    takes_turns: bool = True
     max_logprob_diff: float = (
         0.01  # mean |trainer - rollout| above which the run stops; about 0.1 in bfloat16
     )
@@ -217,7 +248,9 @@ class GrpoConfig:
     prompts_per_step: int = MISSING
     max_tokens_per_microbatch: int = MISSING  # packed tokens of a forward pass, padding included
     model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -252,7 +285,9 @@ class SftConfig:
     max_bad_share: float = 0.05  # of the records seen; above it the run stops
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=0))
     model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -292,6 +327,7 @@ class ParityConfig:
     """One model and layout against Hugging Face: `python tools/check_parity.py --hf DIR`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dp_size: int = 1
     max_tokens_per_microbatch: int = 512

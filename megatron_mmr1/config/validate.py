@@ -32,6 +32,7 @@ from megatron_mmr1.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParityConfig,
+    PrecisionConfig,
     RewardConfig,
     RolloutConfig,
     SamplerConfig,
@@ -66,6 +67,7 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     _at_least("seed", config.seed, 0)
     _at_least("num_steps", config.num_steps, 1)
     _check_model(config.model)
+    _check_precision(config.precision)
     _check_sampler(config.sampler)
     _at_least("max_responses", config.max_responses, 0)
     _require(
@@ -95,10 +97,10 @@ def validate(config: GrpoConfig, world_size: int) -> None:
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, world_size)
-    check_fp8(config.parallel, sizes, config.model.fp8)
+    check_fp8(config.parallel, sizes, config.precision.fp8)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     why = "data.max_prompt_tokens + rollout.max_response_tokens"
-    fp8 = config.model.fp8
+    fp8 = config.precision.fp8
     check_max_tokens(config.parallel, config.max_tokens_per_microbatch, longest, why, fp8)
     if config.replay is None:
         _check_engine_ranks(config.rollout.tp_size, sizes, world_size)
@@ -129,6 +131,7 @@ def validate_sft(config: SftConfig, world_size: int) -> None:
     )
     _at_least("global_batch_size", config.global_batch_size, 1)
     _check_model(config.model)
+    _check_precision(config.precision)
     _check_optimizer(config.optimizer)
     check_source("data", config.data)
     if config.validation is not None:
@@ -141,8 +144,8 @@ def validate_sft(config: SftConfig, world_size: int) -> None:
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, world_size)
-    check_fp8(config.parallel, sizes, config.model.fp8)
-    fp8, why = config.model.fp8, "the shortest sequence"
+    check_fp8(config.parallel, sizes, config.precision.fp8)
+    fp8, why = config.precision.fp8, "the shortest sequence"
     check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, fp8)
     for module in ("megatron.core", "psutil"):
         check_module(module)
@@ -196,12 +199,13 @@ def validate_parity(config: ParityConfig) -> None:
         ValueError: names the key, its value and a remedy.
     """
     _check_model(config.model)
+    _check_precision(config.precision)
     _at_least("dp_size", config.dp_size, 1)
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, replica_size(config.parallel) * config.dp_size)
-    check_fp8(config.parallel, sizes, config.model.fp8)
-    fp8, why = config.model.fp8, "the shortest sequence"
+    check_fp8(config.parallel, sizes, config.precision.fp8)
+    fp8, why = config.precision.fp8, "the shortest sequence"
     check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, fp8)
     check_module("megatron.core")
 
@@ -287,18 +291,28 @@ def _check_data(config: DataConfig) -> None:
 
 def _check_model(config: ModelConfig) -> None:
     _choice("model.kernels", config.kernels, ("auto", "triton", "torch"))
-    _choice("model.dtype", config.dtype, _DTYPES)
-    _choice("model.fp8", config.fp8, ("off", "hybrid", "e4m3"))
+
+
+def _check_precision(config: PrecisionConfig) -> None:
+    _choice("precision.dtype", config.dtype, _DTYPES)
+    _choice("precision.fp8", config.fp8, ("off", "hybrid", "e4m3"))
+    _choice("precision.recipe", config.recipe, ("delayed", "tensorwise", "blockwise"))
+    _choice("precision.kv_cache", config.kv_cache, ("auto", "fp8"))
     if config.fp8 != "off":
         # Megatron itself would train in full precision without a word.
         _require(
             find_spec("transformer_engine") is not None,
-            "model.fp8",
+            "precision.fp8",
             config.fp8,
             "needs the module transformer_engine, which is not installed; use off, or install "
             "requirements-cuda.txt on a machine with a GPU",
         )
-        _require(config.dtype == "bfloat16", "model.fp8", config.fp8, "needs model.dtype=bfloat16")
+        _require(
+            config.dtype == "bfloat16",
+            "precision.fp8",
+            config.fp8,
+            "needs precision.dtype=bfloat16",
+        )
 
 
 def _check_engine_ranks(tp_size: int, sizes: ModelSizes, world_size: int) -> None:

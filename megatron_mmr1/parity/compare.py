@@ -14,7 +14,7 @@ import torch
 from megatron_mmr1.backend import parallel
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
-from megatron_mmr1.config.schema import ModelConfig, ParallelConfig
+from megatron_mmr1.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_mmr1.convert import AttentionShape, Family, family_of, read_config, settle_ties
 from megatron_mmr1.convert.family import RECOMPUTED
 from megatron_mmr1.convert.hf_files import HfWeights
@@ -53,8 +53,8 @@ def _compare(cell: dict[str, Any], references: Path) -> list[dict[str, Any]]:
     parallel.lay_groups(layout, seed=0)
     folder, control = cell["folder"], cell["control"]
     processor = PromptProcessor(folder)
-    model = ModelConfig(folder, cell["dtype"], freeze_vision=cell["freeze_vision"])
-    policy = ours.build_policy(model, layout)
+    model = ModelConfig(folder, freeze_vision=cell["freeze_vision"])
+    policy = ours.build_policy(model, layout, PrecisionConfig(cell["dtype"]))
     hf_config = read_config(folder)
     family = family_of(hf_config)
     is_bit_for_bit = _exports_its_file(policy, folder, hf_config)

@@ -10,7 +10,12 @@ from torch import Tensor
 from megatron_mmr1.backend import batching, losses, parallel
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
-from megatron_mmr1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_mmr1.config.schema import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.parity.outcome import Outcome
@@ -18,10 +23,14 @@ from megatron_mmr1.parity.reference import ALGORITHM, TEMPERATURE
 from megatron_mmr1.types import PackedBatch, StepBatch
 
 
-def build_policy(model: ModelConfig, layout: ParallelConfig) -> MegatronPolicy:
+def build_policy(
+    model: ModelConfig, layout: ParallelConfig, precision: PrecisionConfig | None = None
+) -> MegatronPolicy:
     """Build a policy that takes steps without moving, so that one serves many batches."""
     frozen = OptimizerConfig(lr=0.0, weight_decay=0.0, max_grad_norm=1e9)
-    return MegatronPolicy(model, layout, frozen, num_steps=1)
+    return MegatronPolicy(
+        model, layout, frozen, num_steps=1, precision=precision or PrecisionConfig()
+    )
 
 
 def build_step(

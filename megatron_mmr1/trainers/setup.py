@@ -95,6 +95,7 @@ def build_parts(
         config.optimizer,
         num_steps=config.num_steps * config.algorithm.optimizer_steps_per_batch,
         keep_reference=config.algorithm.kl_coefficient > 0,
+        precision=config.precision,
     )
     engine = engine or build_engine(config, processor)
     with (
@@ -118,7 +119,7 @@ def build_parts(
             statistician=statistician,
             checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),
             builder=batching.StepBuilder(
-                Packing.at(config.parallel, config.max_tokens_per_microbatch, config.model.fp8),
+                Packing.at(config.parallel, config.max_tokens_per_microbatch, config.precision.fp8),
                 policy.cost,
                 batching.ImageTokens.of(processor),
                 config.algorithm.aggregation,
@@ -156,7 +157,7 @@ def build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngin
 
     return VllmEngine(
         config.model.path,
-        config.model.dtype,
+        config.precision.dtype,
         config.rollout,
         processor.banned_token_ids,
         config.data.max_prompt_tokens,

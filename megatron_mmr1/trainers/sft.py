@@ -45,9 +45,11 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     num_steps = config.num_steps or math.ceil(
         config.num_epochs * len(data) / config.global_batch_size
     )
-    policy = MegatronPolicy(config.model, config.parallel, config.optimizer, num_steps)
+    policy = MegatronPolicy(
+        config.model, config.parallel, config.optimizer, num_steps, precision=config.precision
+    )
     builder = batching.StepBuilder(
-        Packing.at(config.parallel, limit, config.model.fp8),
+        Packing.at(config.parallel, limit, config.precision.fp8),
         policy.cost,
         batching.ImageTokens.of(processor),
     )
