@@ -68,6 +68,7 @@ def transformer_config(
     _refuse_other_parts(text, family.has_qkv_bias)
     experts = getattr(text, "num_experts", None)
     dtype = DTYPES[precision.dtype]
+    recipe: Any = precision.recipe
     fp8: Any = None if precision.fp8 == "off" else precision.fp8
     recompute: Any = None if parallel.recompute == "none" else parallel.recompute
     is_interleaved = parallel.vpp_size > 1
@@ -99,7 +100,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         fp8=fp8,
-        fp8_recipe=precision.recipe,
+        fp8_recipe=recipe,
         tensor_model_parallel_size=parallel.tp_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pp_size,
