@@ -39,6 +39,18 @@ def collective_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
+def synchronize() -> None:
+    """Wait for what was launched on the GPU."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def release_cached_memory() -> None:
+    """Give memory that torch keeps for later back to the GPU, for others in it (vLLM)."""
+    if has_gpu():
+        torch.cuda.empty_cache()
+
+
 def prepare_process() -> None:
     """Set what must be set before megatron.core or vLLM are imported.
 

@@ -157,7 +157,7 @@ def replays(runs: Runs, whole: Path) -> Replays:
     keep, and learnt from in two optimizer steps a batch with everything else that a step can have.
     """
     replay = f"replay={whole}"
-    two_ranks = runs.train("two_ranks", replay, ranks=2)
+    two_ranks = runs.train("two_ranks", replay, "rollout.takes_turns=false", ranks=2)
     cut = ["parallel.tp_size=2", "parallel.sequence_parallel=true", "parallel.recompute=full"]
     runs.train("tensor", replay, *cut, ranks=2).wait().succeeded()
     moved = {}

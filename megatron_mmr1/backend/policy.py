@@ -33,6 +33,7 @@ from megatron_mmr1.backend.layout import LocalView, local_view
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
 from megatron_mmr1.backend.optimizer import build_optimizer
 from megatron_mmr1.backend.packing import StepCost
+from megatron_mmr1.backend.parking import ParkedState
 from megatron_mmr1.backend.rotary import max_positions
 from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
@@ -120,6 +121,7 @@ class MegatronPolicy:
             self.optimizer, self.schedule = build_optimizer(
                 optimizer, num_steps, self.model, config.params_dtype
             )
+        self._state = ParkedState(self.model, self.optimizer)
         self._features: StepFeatures | None = None
         self._frozen_features: tuple[object, StepFeatures] | None = None
         self._reference = (
@@ -161,6 +163,7 @@ class MegatronPolicy:
             The loss function's metrics (summed, or the largest, over micro-batches and ranks),
             `grad_norm` before clipping, and `lr`; the same on every rank.
         """
+        assert not self._state.is_parked, "stepped aside: come_back comes first"
         results: list[losses.LossResult] = []
 
         def learn(hidden_RD: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
@@ -181,6 +184,21 @@ class MegatronPolicy:
             self.schedule.step(1)
         metrics = parallel.reduce_metrics(*losses.total(results))
         return metrics | {"grad_norm": float(grad_norm), "lr": float(lr)}
+
+    def step_aside(self) -> int:
+        """Make room for an engine: gradients are freed, optimizer states go to host memory.
+
+        Weights stay: they can be exported. Nothing else is possible before `come_back`.
+
+        Returns:
+            Bytes of the training device that are free now.
+        """
+        self._frozen_features = None
+        return self._state.park()
+
+    def come_back(self) -> None:
+        """Undo `step_aside`; nothing was lost."""
+        self._state.unpark()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every whole weight under its Hugging Face name, on every rank.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -175,8 +174,7 @@ def validate_evaluate(config: EvaluateConfig) -> None:
     _at_least("max_prompt_tokens", config.max_prompt_tokens, 1)
     _check_pixels("min_pixels", config.min_pixels, "max_pixels", config.max_pixels)
     _check_share("max_bad_share", config.max_bad_share)
-    _at_least("rollout.kv_cache_bytes", config.rollout.kv_cache_bytes, 0)
-    _check_engine(replace(config.rollout, kv_cache_bytes=1))
+    _check_engine(config.rollout)
     _check_reward(config.reward)
     keys = ("repetition_weight", "repetition_ngram", "overlong_weight", "overlong_cache_tokens")
     for key in keys:
@@ -425,13 +423,20 @@ def _check_training_rollout(config: RolloutConfig) -> None:
     _require(config.top_p == 1, "rollout.top_p", config.top_p, f"{why}; use 1.0")
     _require(config.top_k == 0, "rollout.top_k", config.top_k, f"{why}; use 0 (off)")
     _positive("rollout.max_logprob_diff", config.max_logprob_diff)
+    _require(
+        config.kv_cache_bytes > 0 or config.takes_turns,
+        "rollout.kv_cache_bytes",
+        0,
+        "is what a GPU has free while the trainer is away, and rollout.takes_turns=false; give a "
+        "number of bytes, or use takes_turns=true",
+    )
     _check_engine(config)
 
 
 def _check_engine(config: EngineConfig) -> None:
     _at_least("rollout.max_response_tokens", config.max_response_tokens, 1)
     _at_least("rollout.max_images_per_prompt", config.max_images_per_prompt, 0)
-    _at_least("rollout.kv_cache_bytes", config.kv_cache_bytes, 1)
+    _at_least("rollout.kv_cache_bytes", config.kv_cache_bytes, 0)
     _at_least("rollout.pixel_bytes", config.pixel_bytes, 1)
 
 

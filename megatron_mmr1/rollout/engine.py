@@ -36,6 +36,7 @@ class RolloutEngine(Protocol):
     """A sampler of responses that always knows which weights it holds."""
 
     weight_version: int
+    is_asleep: bool
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yield one finished group a prompt, as they finish (not in the order of the prompts).
@@ -45,7 +46,17 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take new weights (Hugging Face names), drop every cache that the old ones filled."""
+        """Take new weights (Hugging Face names), drop every cache that the old ones filled.
+
+        Wakes an engine that is asleep.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Leave the GPU's memory to others, weights and caches included, until new weights come.
+
+        The caller has read every `generate` to its end.
+        """
         ...
 
 

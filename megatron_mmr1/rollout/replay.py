@@ -23,6 +23,7 @@ class ReplayEngine:
     def __init__(self, read_step: Callable[[int], list[dict[str, Any]]]) -> None:
         self._read_step = read_step
         self.weight_version = 0
+        self.is_asleep = False
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yield the recorded group of every prompt.
@@ -56,3 +57,8 @@ class ReplayEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Note the version; recorded rollouts need no weights."""
         self.weight_version = version
+        self.is_asleep = False
+
+    def sleep(self) -> None:
+        """Note it; recorded rollouts take no memory of a GPU."""
+        self.is_asleep = True

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,12 @@ class VllmEngine:
         tp_size: so many consecutive ranks of torchrun form one engine, whatever layout the policy
             has. All of them must make the same calls, read `generate` to its end, and get the same
             results.
+        sleeps: `sleep` will be called. On a GPU, weights and caches then lie where they can be
+            given back; on a CPU nothing is, and the states are gone through all the same.
+
+    Raises:
+        ValueError: the model is of a kind whose images we can't give; kv_cache_bytes=0 without a
+            GPU, or without `sleeps`.
     """
 
     _takes_pixels = True
@@ -70,6 +76,7 @@ class VllmEngine:
         banned_token_ids: Sequence[int],
         max_prompt_tokens: int,
         tp_size: int = 1,
+        sleeps: bool = False,
     ) -> None:
         hf_config = AutoConfig.from_pretrained(
             model, local_files_only=True, trust_remote_code=False
@@ -84,6 +91,7 @@ class VllmEngine:
         self._mm_fields = _create_qwen2vl_field_factory(getattr(vision, "spatial_merge_size", 1))
         max_model_len = max_prompt_tokens + config.max_response_tokens
         on_gpu = torch.cuda.is_available()
+        room = _cache_room(config, sleeps)
         self._mixes_up_experts = bool(getattr(hf_config, "num_experts", None)) and not on_gpu
         with _process_left_as_found(), _strange_objects_are_passed_over():
             self._llm = LLM(
@@ -97,7 +105,7 @@ class VllmEngine:
                 # the generator, and CPU generators have no offset.
                 enable_chunked_prefill=on_gpu,
                 max_num_batched_tokens=max(_MAX_BATCHED_TOKENS, max_model_len),
-                kv_cache_memory_bytes=config.kv_cache_bytes,
+                enable_sleep_mode=sleeps and on_gpu,
                 block_size=_BLOCK_SIZE,
                 max_model_len=max_model_len,
                 limit_mm_per_prompt={"image": config.max_images_per_prompt, "video": 0},
@@ -107,11 +115,13 @@ class VllmEngine:
                 logits_processors=[_ban_tokens(tuple(banned_token_ids))],
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                **room,
             )
         self._num_requests = 0
         self._pixel_bytes = config.pixel_bytes
         self._max_prompt_tokens = max_prompt_tokens
         self.weight_version = 0
+        self.is_asleep = False
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[RolloutGroup]:
         """Yield one finished group a prompt, as they finish; see RolloutEngine.
@@ -119,6 +129,7 @@ class VllmEngine:
         The prefix cache starts empty, so that the result depends on the arguments and the weights
         alone.
         """
+        assert not self.is_asleep, "asleep: update_weights comes first"
         self._llm.reset_prefix_cache()
         upcoming = iter(prompts)
         waiting: dict[str, tuple[Prompt, int]] = {}
@@ -158,11 +169,22 @@ class VllmEngine:
                 "vLLM 0.32 on a CPU samples from wrong experts once weights are loaded again, even "
                 "the same ones; train a model with experts on a GPU, or one without"
             )
+        if self.is_asleep:  # the cache last: it has no room while weights are exchanged
+            self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.reset_encoder_cache()
         self._llm.reset_mm_cache()
+        if self.is_asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self.is_asleep = False
         self.weight_version = version
+
+    def sleep(self) -> None:
+        """Give back weights and caches; see RolloutEngine. vLLM's level 2: nothing is kept."""
+        if not self.is_asleep:
+            self._llm.sleep(level=2)
+            self.is_asleep = True
 
     def _group(self, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
         rollouts = []
@@ -205,6 +227,29 @@ class _RankOfEngine(ExecutorWithExternalLauncher):
     def _distributed_args(self) -> tuple[str, int, int]:
         method, rank, local_rank = super()._distributed_args()
         return f"{method}:{rank}", rank, local_rank
+
+
+def memory_share(free_bytes: int, total_bytes: int) -> float:
+    """Return vLLM's `gpu_memory_utilization`: the share of a GPU that others have left free.
+
+    A tenth of what is free, and a GiB, stay free: collectives, bucketed weights and the GPU's own
+    context grow after the engine has started.
+    """
+    return max(0.0, 0.9 * free_bytes - (1 << 30)) / total_bytes
+
+
+def _cache_room(config: EngineConfig, sleeps: bool) -> dict[str, Any]:
+    """Say how large the KV cache is, in vLLM's arguments."""
+    if config.kv_cache_bytes > 0:
+        return {"kv_cache_memory_bytes": config.kv_cache_bytes}
+    if not (sleeps and torch.cuda.is_available()):
+        raise ValueError(
+            "rollout.kv_cache_bytes=0 takes what is free on a GPU, with rollout.takes_turns=true; "
+            f"here is {'none' if not torch.cuda.is_available() else 'takes_turns=false'}: give a "
+            "number of bytes, as rollout.kv_cache_bytes=268435456"
+        )
+    torch.cuda.empty_cache()
+    return {"gpu_memory_utilization": memory_share(*torch.cuda.mem_get_info())}
 
 
 def _num_ranks() -> int:

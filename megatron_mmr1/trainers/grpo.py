@@ -43,7 +43,8 @@ def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
         engine: of an earlier run of the same model and settings, to use again; None = a new one.
     """
     with build_parts(config, run_dir, engine) as parts:
-        start, best, num_responses = _resume(config, parts)
+        with parts.turns.training():
+            start, best, num_responses = _resume(config, parts)
         parts.sync.push(version=start)
         records = Recorder(run_dir, start)
         with Progress(config.num_steps, start, "GRPO", is_quiet=not parallel.is_main()) as progress:
@@ -69,13 +70,16 @@ def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
                 # Last, so that a resume finds the records of every step up to its checkpoint. Its
                 # time is in the next step's line.
                 if is_best or _is_due(step, config.checkpoint.every, is_last):
-                    with parts.timers.phase("checkpoint"):
-                        state = {
-                            "best": best,
-                            "num_responses": num_responses,
-                            "sampler": parts.sampler.state_dict(),
-                        }
+                    state = {
+                        "best": best,
+                        "num_responses": num_responses,
+                        "sampler": parts.sampler.state_dict(),
+                    }
+                    with parts.turns.training(), parts.timers.phase("checkpoint"):
                         parts.checkpoints.save(step, parts.policy, state, is_best)
+                    if not is_last:
+                        with parts.timers.phase("weight_sync"):
+                            parts.sync.wake()
         records.close()
         export_model(run_dir, parts.policy, config.model.path)
 
@@ -107,7 +111,7 @@ def _step(
     timers, sampling = parts.timers, _training_sampling(config, step)
     num_scoring = score_if_due(step, config, parts, sampling)
     collected = collect(config, parts, sampling, num_responses + num_scoring)
-    with timers.phase("train"):
+    with parts.turns.training(), timers.phase("train"):
         metrics = _learn(collected.groups, config, parts)
     with timers.phase("weight_sync"):
         parts.sync.push(version=step)

@@ -26,6 +26,7 @@ from megatron_mmr1.rollout.replay import ReplayEngine
 from megatron_mmr1.sampling import EngineShare, PromptPool, Sampler, Statistician, VasSampler
 from megatron_mmr1.trainers.exchange import EnginePlace
 from megatron_mmr1.trainers.reporting import progress_of, report_bad_rows
+from megatron_mmr1.trainers.turns import Turns
 from megatron_mmr1.weight_sync import WeightSync
 
 
@@ -44,6 +45,7 @@ class Parts:
     policy: MegatronPolicy
     engine: RolloutEngine
     sync: WeightSync
+    turns: Turns
     sampler: Sampler
     train_set: PromptDataset
     place: EnginePlace
@@ -97,7 +99,10 @@ def build_parts(
         keep_reference=config.algorithm.kl_coefficient > 0,
         precision=config.precision,
     )
+    if config.rollout.takes_turns:
+        policy.step_aside()  # before the engine looks how much room there is
     engine = engine or build_engine(config, processor)
+    timers = PhaseTimers()
     with (
         VerifierPool(config.reward, config.rollout.max_response_tokens) as verifier,
         Statistician(config.sampler.diversity, config.rollout.max_response_tokens) as statistician,
@@ -106,6 +111,7 @@ def build_parts(
             policy=policy,
             engine=engine,
             sync=WeightSync(policy, engine),
+            turns=Turns(policy, engine, config.rollout.takes_turns, timers),
             sampler=sampler,
             train_set=train_set,
             place=place,
@@ -126,7 +132,7 @@ def build_parts(
                 config.rollout.max_response_tokens,
             ),
             rule=SoftmaxRule(config.rollout.temperature, processor.banned_token_ids),
-            timers=PhaseTimers(),
+            timers=timers,
         )
 
 
@@ -162,4 +168,5 @@ def build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngin
         processor.banned_token_ids,
         config.data.max_prompt_tokens,
         config.rollout.tp_size,
+        sleeps=config.rollout.takes_turns,
     )

@@ -23,6 +23,7 @@ class Sink(Protocol):
     """Something that takes weights and afterwards reports the version that it was given."""
 
     weight_version: int
+    is_asleep: bool
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the weights."""
@@ -41,6 +42,11 @@ class WeightSync:
         self._sink.update_weights(self._source.named_tensors(), version)
         self.weight_version = version
         self.check(self._sink.weight_version)
+
+    def wake(self) -> None:
+        """Push the same weights again if the engine lost them in its sleep."""
+        if self._sink.is_asleep:
+            self.push(self.weight_version)
 
     def check(self, weight_version: int) -> None:
         """Refuse rollouts of other weights than the policy's.
