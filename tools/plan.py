@@ -4,10 +4,11 @@
     python tools/plan.py sft experiment=mmr1_32b_sft_8xh100                 # sft's
     python tools/plan.py all                                                # every one of MMR1's
 
-Settings follow as for `train` and `sft`; --help lists them. Weights, gradients, optimizer states and
-the reference copy are counted on the real Megatron model, built without memory at the experiment's
-layout as one rank of each pipeline stage. Activations and the engine are estimates by the formulas
-in megatron_mmr1/planning/; neither was measured on a GPU. Exit status 1 if something does not fit.
+Settings follow as for `train` and `sft`; --help lists them. Weights, gradients, optimizer states
+and the reference copy are counted on the real Megatron model, built without memory at the
+experiment's layout as one rank of each pipeline stage. Activations and the engine are estimates by
+the formulas in megatron_mmr1/planning/; neither was measured on a GPU. Exit status 1 if something
+does not fit.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ def layer_bytes_a_token(sizes: LayerSizes, layout: ParallelConfig, element_bytes
     """Return what one decoder layer keeps of a token, with fused attention and norms.
 
     Equation: b * ((2 D + 2 D) / s + (3 Q + 3 K + 5 F) / t): inputs and outputs of both norms;
-    queries and keys after the rotary embedding, the projection of both and of values, whose part is
-    kept as a whole, attention's output; the MLP's gate and up projection (2), the gate's activation,
-    the up projection again (Megatron adds an offset of 0 to it) and the product.
+    queries and keys after the rotary embedding, the projection of both and of values, of which the
+    values are a view, attention's output; the MLP's gate and up projection (2), the gate's
+    activation, the up projection again (Megatron adds an offset of 0 to it) and the product.
     """
     parts = layout.tp_size if layout.sequence_parallel else 1
     norms = 4 * sizes.hidden / parts
@@ -81,10 +81,9 @@ def decoder_bytes(
 def tower_bytes_a_patch(vision: Any, element_bytes: int) -> float:
     """Return what Qwen2.5-VL's vision tower keeps of a patch, all layers.
 
-    Equation: depth * (b (9 D + 4 F) + 4 * 3 D): in b bytes both norms' outputs and products,
-    queries, keys, values and attention's output before and after its heads are joined, and four of
-    the MLP's; in float32 the norms' inputs and rotated queries. tests/test_activations.py holds it
-    to what autograd keeps of a real layer on a CPU.
+    Equation: depth * (b (9 D + 4 F) + 4 * 3 D), D and F the tower's own: so many tensors of these
+    widths, the last three in float32. Counted, not derived: tests/test_activations.py holds it to
+    what autograd keeps of a real layer on a CPU.
     """
     kept = element_bytes * (9 * vision.hidden_size + 4 * vision.intermediate_size)
     return vision.depth * (kept + 4 * 3 * vision.hidden_size)
