@@ -110,5 +110,8 @@ def test_what_cannot_be_rehearsed_is_refused(
 
 def test_the_build_context_is_what_git_tracks_less_dockerignore(rehearse: Any):
     names = rehearse._context()
-    assert {"Makefile", "megatron_mmr1/train.py", "requirements-cpu.txt"} <= set(names)
+    assert {"Makefile", "requirements-cpu.txt", "megatron_mmr1/data/digits.py"} <= set(names)
     assert not [name for name in names if name.startswith((".git/", ".ci/", ".venv"))]
+    assert rehearse.is_ignored("data/digits/train.parquet", "data")  # at the top alone
+    assert rehearse.is_ignored("a/b/__pycache__/c.pyc", "**/*.pyc")
+    assert not rehearse.is_ignored("megatron_mmr1/data/digits.py", "data")

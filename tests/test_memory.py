@@ -63,21 +63,24 @@ def test_there_are_18_presets():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_fits_its_gpus_and_its_states_are_shared_out(
-    plans: dict[str, Any], name: str, capsys: pytest.CaptureFixture[str]
-):
+def test_every_preset_fits_its_gpus_and_its_states_are_shared_out(plans: dict[str, Any], name: str):
     """The states are 12 bytes of every trainable parameter of a rank, over the ranks that share
     them; exactly so but for what Megatron's alignment of parameters adds.
     """
     plan = plans[name]
-    with capsys.disabled():
-        print(f"\n{plan['text']}")
+    print(plan["text"])
     for rank in plan["ranks"]:
         assert rank["fits"], plan["text"]
         assert rank["weights"] == pytest.approx(2 * rank["num_parameters"], rel=1e-5)
         assert rank["gradients"] == 2 * rank["weights"]
         share = 12 * rank["num_parameters"] / plan["sharing_ranks"]
         assert rank["states"] == pytest.approx(share, rel=2e-3)
+
+
+def test_the_document_is_what_the_tool_prints(plans: dict[str, Any]):
+    document = (SCRIPT.parents[1] / "docs" / "memory.md").read_text()
+    printed = "\n".join(plans[name]["text"] for name in PRESETS)
+    assert document.partition("```\n")[2] == f"{printed}\n```\n"
 
 
 @pytest.mark.parametrize("control", ["without offload", "on too few GPUs", "tower kept"])

@@ -122,7 +122,11 @@ class Rehearsal:
         inner = ["env", "-i", *variables, "sh", "-c", f"cd {shlex.quote(self.folder)} && {command}"]
         chroot = ["chroot", f"--userspec={self.user}", "--groups=", str(self.root), *inner]
         root = shlex.quote(str(self.root))
-        mounts = f"mount -t proc proc {root}/proc && mount -t tmpfs tmpfs {root}/dev/shm"
+        # What an engine mounts; vLLM counts the processors in /sys.
+        mounts = (
+            f"mount -t proc proc {root}/proc && mount -t tmpfs tmpfs {root}/dev/shm && "
+            f"mount -t sysfs -o ro sysfs {root}/sys"
+        )
         subprocess.run(
             ["unshare", "--mount", "--pid", "--fork", "sh", "-c", f"{mounts} && exec \"$@\"", "sh",
              *chroot],
@@ -167,13 +171,23 @@ def _context() -> list[str]:
         check=True,
     )
     lines = (REPOSITORY / ".dockerignore").read_text().splitlines()
-    patterns = [line.removeprefix("**/") for line in lines if line and not line.startswith("#")]
+    patterns = [line for line in lines if line and not line.startswith("#")]
     return [
         name
         for name in listed.stdout.splitlines()
-        if not any(fnmatch.fnmatch(part, p) for part in Path(name).parts for p in patterns)
+        if not any(is_ignored(name, pattern) for pattern in patterns)
         and (REPOSITORY / name).exists()
     ]
+
+
+def is_ignored(name: str, pattern: str) -> bool:
+    """Whether a pattern of .dockerignore leaves a file out: at the top alone, but for `**/`."""
+    parts = Path(name).parts
+    anywhere = pattern.removeprefix("**/")
+    if anywhere != pattern:
+        return any(fnmatch.fnmatch(part, anywhere) for part in parts)
+    top = "/".join(parts[: pattern.count("/") + 1])
+    return fnmatch.fnmatch(top, pattern)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -84,6 +83,16 @@ def footprint(
         model: list[Any] = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
         states = build_optimizer(optimizer, 1, model, config.params_dtype)[0]
         return _counted(chunks, model, states)
+
+
+def stage_ranks(layout: ParallelConfig, world_size: int) -> list[int]:
+    """Return one rank of each pipeline stage, all of the same data-parallel replica.
+
+    Ranks of one stage hold equally much: tensor-parallel weights are cut evenly, and so are the
+    optimizer's states over data-parallel ranks, but for padding at their end.
+    """
+    with _pretended_world(world_size, 0, layout):
+        return dist.get_process_group_ranks(parallel.pp_group())
 
 
 def _counted(chunks: list[PolicyStage], model: list[Any], optimizer: Any) -> Footprint:
@@ -156,14 +165,3 @@ class _TypeNames(TorchFunctionMode):
         if func is torch.Tensor.type and isinstance(result, str):
             return result.replace("meta.", "")
         return result
-
-
-def stage_ranks(layout: ParallelConfig, world_size: int) -> list[int]:
-    """Return one rank of each pipeline stage, all of the same data-parallel replica.
-
-    Ranks of one stage hold equally much: tensor-parallel weights are cut evenly, and so are the
-    optimizer's states over data-parallel ranks, but for padding at their end.
-    """
-    with _pretended_world(world_size, 0, layout):
-        group = parallel_state.get_pipeline_model_parallel_group()
-        return dist.get_process_group_ranks(group)
