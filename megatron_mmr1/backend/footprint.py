@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -63,13 +63,18 @@ def footprint(
 ) -> Footprint:
     """Count what `rank` of `world_size` holds at a layout.
 
-    Counted on Megatron's local layers. Those of Transformer Engine, which train on a GPU, have the
-    same parameters; padding between them may differ by less than 256 bytes a parameter. All states
-    are counted, also those that `optimizer.cpu_offload` keeps on the CPU.
+    Counted on Megatron's local layers, without FP8. Those of Transformer Engine, which train on a
+    GPU, have the same parameters; padding between them may differ by less than 256 bytes a
+    parameter. All states are counted, whosever Adam has them, and also those that
+    `optimizer.cpu_offload` keeps on the CPU.
 
     Needs a process in which torch.distributed is not initialised, and no GPU in sight.
     """
     assert not dist.is_initialized() and not device.has_gpu()
+    precision = replace(precision, fp8="off")
+    optimizer = replace(
+        optimizer, implementation="torch", fused_accumulation="off", cpu_offload=0.0
+    )
     with _pretended_world(world_size, rank, layout), device.seam(), _on_meta():
         config = transformer_config(hf_config, layout, precision)
         stages = range(layout.vpp_size) if layout.vpp_size > 1 else [None]
