@@ -474,11 +474,6 @@ def test_a_model_whose_sizes_cannot_be_read_is_refused(
         ("samples_per_prompt=0", "samples_per_prompt=0 ", "use 1 or more"),
         ("rollout.temperature=-1", "rollout.temperature=-1.0 ", "use 0 or more"),
         ("rollout.kv_cache_bytes=-1", "rollout.kv_cache_bytes=-1 ", "use 0 or more"),
-        (
-            "rollout={kv_cache_bytes: 0, takes_turns: false}",
-            "rollout.kv_cache_bytes=0 ",
-            "takes_turns=true",
-        ),
         ("rollout.top_p=0.9", "rollout.top_p=0.9 ", "use 1.0"),
         ("rollout.top_k=5", "rollout.top_k=5 ", "use 0"),
         ("data=nowhere", "data='nowhere' ", "megatron_mmr1.data.digits"),
