@@ -71,6 +71,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
 
 # The README's table: three seeds of cold start + GRPO. Ten minutes on two cores.
 learning: $(STAMP) data/digits/sft.parquet models/tiny_qwen2_5_vl/config.json

@@ -65,7 +65,7 @@ def load_config[T](schema: type[T], group: str, argv: list[str]) -> T:
         config.experiment = name
     if wants_help:
         if _rank() == 0:
-            print(_help(known, config))
+            print(_help(schema, known, config))
         raise SystemExit(0)
     try:
         missing = sorted(OmegaConf.missing_keys(config))
@@ -112,18 +112,28 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _presets(schema: type, overrides: list[str]) -> tuple[list[str], list[str]]:
     """Tell apart SECTION=NAME of a preset file; return the files, and the other overrides."""
-    sections = [key for key, kind in _types(schema).items() if kind == "section"]
+    folders = _preset_folders(schema)
     presets, others = [], []
     for override in overrides:
         section, _, name = override.partition("=")
-        known = experiments(section) if section in sections else []
+        known = folders.get(section, [])
         if known and not name.startswith("{"):
             if name not in known:
-                raise ValueError(f"{section}={name!r} is unknown; use one of: {', '.join(known)}")
+                keys = _types(get_type_hints(schema)[section])
+                raise ValueError(
+                    f"{section}={name!r} is unknown; use one of: {', '.join(known)}; or set a key, "
+                    f"as in {section}.{next(key for key in keys if key != 'preset')}=VALUE"
+                )
             presets.append(f"{section}/{name}@{section}")
         else:
             others.append(override)
     return presets, others
+
+
+def _preset_folders(schema: type) -> dict[str, list[str]]:
+    """The sections of a schema that have presets, with their names."""
+    sections = [key for key, kind in _types(schema).items() if kind == "section"]
+    return {section: known for section in sections if (known := experiments(section))}
 
 
 def _compose(schema: type, config_name: str, presets: list[str], overrides: list[str]) -> Any:
@@ -131,6 +141,7 @@ def _compose(schema: type, config_name: str, presets: list[str], overrides: list
     import yaml
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     known_keys = list(_types(schema))
@@ -142,7 +153,11 @@ def _compose(schema: type, config_name: str, presets: list[str], overrides: list
     store.store(name="main", node={"defaults": files})
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose("main", overrides=overrides)
+            config = compose("main")
+        # Not by hydra: for it, a key that is named like a folder of presets is no key.
+        for override in OverridesParser.create().parse_overrides(overrides):
+            OmegaConf.update(config, override.key_or_group, override.value())
+        return config
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(_explain(error, schema)) from error
 
@@ -221,12 +236,13 @@ def _types(schema: Any, prefix: str = "") -> dict[str, str]:
     return types
 
 
-def _help(known: list[str], config: Any) -> str:
-    choice = "[experiment=NAME] [sampler=NAME] " if known else ""
-    lines = [f"usage: {Path(sys.argv[0]).name} {choice}[key=value ...]"]
+def _help(schema: type, known: list[str], config: Any) -> str:
+    folders = _preset_folders(schema)
+    choices = [f"[{key}=NAME] " for key in (["experiment"] if known else []) + list(folders)]
+    lines = [f"usage: {Path(sys.argv[0]).name} {''.join(choices)}[key=value ...]"]
     if known:
         lines.append(f"experiments: {', '.join(known)} (default: {DEFAULT_EXPERIMENT})")
-        lines.append(f"samplers: {', '.join(experiments('sampler'))} (default: posterior)")
+    lines += [f"{section}=NAME: {', '.join(names)}" for section, names in folders.items()]
     lines += ["", "Every key, with the value it has here (??? must be given):", ""]
     return "\n".join(lines) + "\n" + OmegaConf.to_yaml(config).rstrip()
 

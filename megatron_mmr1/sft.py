@@ -16,7 +16,11 @@ from megatron_mmr1.config.validate import validate_sft
 def main() -> None:
     """Check, open the run folder on rank 0, train, and say where the model is."""
     config = load_config(SftConfig, "sft_experiment", sys.argv[1:])
-    validate_sft(config, int(os.environ.get("WORLD_SIZE", "1")))
+    # torchrun says how many processes there are, on how many nodes.
+    world_size, num_nodes = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE")
+    )
+    validate_sft(config, world_size, num_nodes)
     is_main = os.environ.get("RANK", "0") == "0"
     run_dir = open_run_dir(config, config.run or new_run_name()) if is_main else None
     if is_main:

@@ -19,8 +19,11 @@ from megatron_mmr1.config.validate import validate
 def main() -> None:
     """Check, open the run folder on rank 0, train, and write the report."""
     config = load_config(GrpoConfig, "experiment", sys.argv[1:])
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    validate(config, world_size)
+    # torchrun says how many processes there are, on how many nodes.
+    world_size, num_nodes = (
+        int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE")
+    )
+    validate(config, world_size, num_nodes)
     is_main, run_dir = os.environ.get("RANK", "0") == "0", None
     if is_main:
         run_dir = open_run_dir(config, config.run or new_run_name())

@@ -82,45 +82,48 @@ def message_of(function: Callable[..., Any], *arguments: Any) -> str:
     return str(caught.value)
 
 
-def model_of(experiment: str, files: Path) -> tuple[Path, int]:
-    """The folder of the model that an experiment is for, by its published sizes; and the ranks."""
+def model_of(experiment: str, files: Path) -> tuple[Path, int, int]:
+    """The folder of the model that an experiment is for, by its published sizes; ranks; nodes."""
     size = re.fullmatch(r"mmr1_(\d+b)_\w+_(\d+)xh100", experiment)
     if size is None:
-        return files / "model", 1
+        return files / "model", 1, 1
     folder = files / size[1]
     if not folder.exists():
         shutil.copytree(files / "model", folder)
         config = PUBLISHED[f"Qwen2.5-VL-{size[1].upper()}"].config
         (folder / "config.json").write_text(json.dumps(config))
-    return folder, int(size[2])
+    return folder, int(size[2]), int(size[2]) // 8
 
 
 @pytest.mark.parametrize("name", cli.experiments("experiment"))
 def test_every_grpo_experiment_composes_and_is_valid(files: Path, name: str):
-    model, world_size = model_of(name, files)
+    model, world_size, num_nodes = model_of(name, files)
     config = grpo(files, f"experiment={name}", f"model.path={model}")
     assert config.experiment == name
-    validate(config, world_size)
+    validate(config, world_size, num_nodes)
 
 
 @pytest.mark.parametrize("name", cli.experiments("sft_experiment"))
 def test_every_cold_start_composes_and_is_valid(files: Path, name: str):
-    model, world_size = model_of(name, files)
+    model, world_size, num_nodes = model_of(name, files)
     config = sft(files, f"experiment={name}", f"model.path={model}")
     assert config.experiment == name
-    validate_sft(config, world_size)
+    validate_sft(config, world_size, num_nodes)
 
 
 @pytest.mark.parametrize("size", ["3b", "7b", "32b"])
-def test_mmr1s_experiments_have_the_papers_values(files: Path, size: str):
-    """Tables 5 and 6; and the other two sources of the sampler's settings."""
-    cold = sft(files, f"experiment=mmr1_{size}_sft_8xh100")
+@pytest.mark.parametrize("gpus", [8, 64, 512])
+def test_mmr1s_experiments_have_the_papers_values(files: Path, size: str, gpus: int):
+    """Tables 5 and 6, on any number of GPUs; and the other two sources of the sampler's
+    settings.
+    """
+    cold = sft(files, f"experiment=mmr1_{size}_sft_{gpus}xh100")
     assert (cold.num_epochs, cold.global_batch_size) == (3, 32)
     assert cold.max_tokens_per_microbatch == 16384
     optimizer = cold.optimizer
     assert (optimizer.lr, optimizer.schedule, optimizer.warmup_ratio) == (1e-5, "cosine", 0.1)
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0, 1)
-    name = f"experiment=mmr1_{size}_vas_8xh100"
+    name = f"experiment=mmr1_{size}_vas_{gpus}xh100"
     config = grpo(files, name)
     rollout, data, algorithm = config.rollout, config.data, config.algorithm
     assert (config.prompts_per_step, rollout.group_size, rollout.temperature) == (512, 8, 0.6)
@@ -174,6 +177,7 @@ COMMAND_LINE_FAULTS = [
     (["optimizer.lr=fast"], "optimizer.lr='fast'", "float"),
     (["optimizer=5"], "optimizer=5", "optimizer.lr=VALUE"),
     (["model=DIR"], "model='DIR'", "model.path=VALUE"),
+    (["parallel=tp3"], "parallel='tp3'", "tp2_sp"),
     (["optimizer.lr=???"], "optimizer.lr=???", "add optimizer.lr=VALUE"),
     (["optimizer.lr=${nope}"], "optimizer.lr", "give a plain value"),
     (["+new=1"], "'+new=1'", "key=value"),
@@ -535,11 +539,14 @@ def test_a_run_folder_records_the_config_and_is_taken_once(files: Path, tmp_path
     assert "resume=auto" in message_of(open_run_dir, cold, "first")
 
 
-@pytest.mark.parametrize("size", ["3b", "7b", "32b"])
-def test_mmr1s_rl_starts_from_what_its_cold_start_writes(files: Path, size: str, tmp_path: Path):
-    cold = replace(sft(files, f"experiment=mmr1_{size}_sft_8xh100"), output_dir=str(tmp_path))
+@pytest.mark.parametrize(
+    "name", [name for name in cli.experiments("experiment") if "_vas_" in name]
+)
+def test_mmr1s_rl_starts_from_what_its_cold_start_writes(files: Path, name: str, tmp_path: Path):
+    cold_name = name.replace("_vas_", "_sft_")
+    cold = replace(sft(files, f"experiment={cold_name}"), output_dir=str(tmp_path))
     path = f"data.heldout={files / 'data.parquet'}"
-    config = cli.load_config(GrpoConfig, "experiment", [f"experiment=mmr1_{size}_vas_8xh100", path])
+    config = cli.load_config(GrpoConfig, "experiment", [f"experiment={name}", path])
     written = open_run_dir(cold, "main") / "hf"
     assert Path(config.model.path) == Path("outputs") / written.relative_to(tmp_path)
 

@@ -27,7 +27,7 @@ ARROWS = {
     "evaluation": BASE | {"data", "rollout", "rewards"},
     "observability": BASE,
     "inspection": BASE | {"data", "evaluation", "observability"},
-    "planning": BASE,
+    "planning": BASE | {"backend", "kernels"},  # counts on the real model, and its chunk sizes
     "parity": BASE | {"algorithms", "backend", "convert", "data", "device", "kernels"},
     "trainers": EVERYTHING,
     "bakeoff": EVERYTHING,

@@ -269,12 +269,25 @@ def test_loss_and_gradients_do_not_change_with_the_packing(
     assert train(64, own_denominators)[0]["loss"] != pytest.approx(whole["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("recompute", "recompute_vision", "is_repeated"),
+    [
+        ("none", False, False),
+        ("selective", False, False),
+        ("none", True, True),
+        ("full", False, True),
+    ],
+)
 def test_images_of_a_group_are_encoded_once_a_step(
-    tiny_model_dir: Path, tiny_processor: PromptProcessor, recompute: str
+    tiny_model_dir: Path,
+    tiny_processor: PromptProcessor,
+    recompute: str,
+    recompute_vision: bool,
+    is_repeated: bool,
 ):
-    """Though its responses lie in several micro-batches. Full recomputation encodes them again in
-    the backward pass, as it repeats everything; a frozen tower serves all passes of a step.
+    """Though its responses lie in several micro-batches. Recomputation of the tower, which full
+    recomputation implies, encodes them again in the backward pass; a frozen tower serves all passes
+    of a step.
     """
     prompts = mixed_prompts(tiny_processor)
     samples = batching.samples_of_groups(scored_groups(prompts, tiny_processor, group_size=4))
@@ -284,7 +297,7 @@ def test_images_of_a_group_are_encoded_once_a_step(
         policy = make_policy(
             tiny_model_dir,
             freeze_vision=freeze_vision,
-            layout=ParallelConfig(recompute=recompute),
+            layout=ParallelConfig(recompute=recompute, recompute_vision=recompute_vision),
         )
         passes: list[int] = []
         tower = policy.chunks[0].vision
@@ -293,7 +306,7 @@ def test_images_of_a_group_are_encoded_once_a_step(
         split = [b.rows.sample_R.div(4, rounding_mode="floor") for b in step.micro_batches]
         assert sum(bool((groups == 0).any()) for groups in split) > 1, "a group in one micro-batch"
         policy.train_step(step, loss, WHOLE_SOFTMAX)
-        repeats = 2 if recompute == "full" and not freeze_vision else 1
+        repeats = 2 if is_repeated and not freeze_vision else 1
         assert sum(passes) == repeats * num_patches
         old = policy.logprobs(step, WHOLE_SOFTMAX)
         policy.train_step(batching.with_logprobs(step, old), loss, WHOLE_SOFTMAX)

@@ -84,7 +84,8 @@ class MegatronPolicy:
         text = hf_config.get_text_config()
         vision = getattr(hf_config, "vision_config", None)
         self.cost = StepCost.of(text, vision, not model.freeze_vision)
-        self._recomputes = parallel_config.recompute == "full"
+        full = parallel_config.recompute == "full"
+        self._recomputes_vision = full or parallel_config.recompute_vision
         self._kernels = model.kernels
         form_of(model.kernels, device.device())
         self._max_positions = max_positions(text)
@@ -258,7 +259,7 @@ class MegatronPolicy:
             return None
         if self._trains_vision:
             return StepFeatures(
-                self._tower, step.images, trains=trains, recomputes=self._recomputes
+                self._tower, step.images, trains=trains, recomputes=self._recomputes_vision
             )
         if self._frozen_features is None or self._frozen_features[0] is not step.images:
             features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)

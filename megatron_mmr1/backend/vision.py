@@ -19,7 +19,7 @@ from megatron_mmr1 import device
 from megatron_mmr1.backend.towers import encode
 from megatron_mmr1.types import PromptImages
 
-CHUNK_PATCHES = 16384
+CHUNK_PATCHES = 8192
 
 
 class StepFeatures:

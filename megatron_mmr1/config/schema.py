@@ -18,6 +18,8 @@ class ModelConfig:
     path: str = MISSING
     freeze_vision: bool = False
     kernels: str = "auto"  # auto | triton | torch; auto: triton on a GPU
+    # Of hydra_conf/model/ (`model=NAME`): for records, and for plans before the folder is there.
+    preset: str = ""
 
 
 @dataclass
@@ -44,7 +46,8 @@ class ParallelConfig:
     `vpp_size` is the number of model chunks that each pipeline rank interleaves.
     `first_stage_layers` gives the first stage, which also holds the vision tower, fewer (or more)
     layers than the others. `recompute` trades time for activation memory: "selective" repeats core
-    attention, "full" every layer and the vision tower.
+    attention, "full" every layer and the vision tower. `recompute_vision` repeats the tower alone:
+    else its activations of all images of a step are kept, about 2 MB a patch of Qwen2.5-VL's.
     """
 
     tp_size: int = 1
@@ -56,6 +59,7 @@ class ParallelConfig:
     first_stage_layers: int | None = None
     batch_p2p: bool = False  # pipeline sends and receives in one batched call
     recompute: str = "none"  # none | selective | full
+    recompute_vision: bool = False
 
 
 @dataclass

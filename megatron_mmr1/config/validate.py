@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_mmr1.config.benchmarks import settled
+from megatron_mmr1.config.launch import check_launch
 from megatron_mmr1.config.layout import (
     ModelSizes,
     check_fp8,
@@ -50,16 +51,19 @@ _MODULE_REMEDIES = {
 }
 
 
-def validate(config: GrpoConfig, world_size: int) -> None:
+def validate(config: GrpoConfig, world_size: int, num_nodes: int = 1) -> None:
     """Refuse a GRPO run that cannot work.
 
     Args:
         config: the resolved config.
         world_size: the number of processes.
+        num_nodes: the number of machines that they are on.
 
     Raises:
         ValueError: names the key, its value and a remedy.
     """
+    name = config.experiment
+    check_launch(config.launch, world_size, num_nodes, "megatron_mmr1.train", name)
     _check_resume(config.resume, config.run)
     if config.replay is not None:
         _check_replay(Path(config.replay), config.num_steps)
@@ -108,16 +112,19 @@ def validate(config: GrpoConfig, world_size: int) -> None:
         check_module(module)
 
 
-def validate_sft(config: SftConfig, world_size: int) -> None:
+def validate_sft(config: SftConfig, world_size: int, num_nodes: int = 1) -> None:
     """Refuse a cold start that cannot work.
 
     Args:
         config: the resolved config.
         world_size: the number of processes.
+        num_nodes: the number of machines that they are on.
 
     Raises:
         ValueError: names the key, its value and a remedy.
     """
+    name = config.experiment
+    check_launch(config.launch, world_size, num_nodes, "megatron_mmr1.sft", name)
     _check_resume(config.resume, config.run)
     _at_least("seed", config.seed, 0)
     _at_least("num_steps", config.num_steps, 0)

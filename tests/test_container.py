@@ -1,0 +1,114 @@
+"""The Dockerfile without a container engine: its lint, and what its two stages must be.
+
+examples/container/rehearse.py runs the demo stage's steps in a clean root; not here, it takes
+minutes and needs root.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
+
+
+@pytest.fixture(scope="module")
+def rehearse() -> Any:
+    """The script of the rehearsal, as a module."""
+    path = REPOSITORY / "examples" / "container" / "rehearse.py"
+    spec = importlib.util.spec_from_file_location("rehearse", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rehearse"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments_of(steps: list[Any], instruction: str) -> list[str]:
+    return [step.argument for step in steps if step.instruction == instruction]
+
+
+@pytest.mark.parametrize("stage", ["cuda", "demo"])
+def test_a_stage_runs_as_a_numbered_user_and_leaves_nothing_to_root(rehearse: Any, stage: str):
+    """A pod with runAsNonRoot starts only with a number. What comes after it is the user's."""
+    steps = rehearse.stage_steps(DOCKERFILE, stage)
+    (user,) = arguments_of(steps, "USER")
+    assert int(user) > 0
+    assert f"--uid {user} trainer" in " ".join(arguments_of(steps, "RUN"))
+    after = steps[[step.instruction for step in steps].index("USER") :]
+    assert all("apt-get" not in run for run in arguments_of(after, "RUN"))
+    assert all(copy.startswith("--chown=trainer ") for copy in arguments_of(steps, "COPY"))
+
+
+def test_what_the_stages_name_is_pinned_and_exists(rehearse: Any):
+    steps = rehearse.stage_steps(DOCKERFILE, "cuda")
+    arguments = dict(argument.split("=") for argument in arguments_of(steps, "ARG"))
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert f"UV_VERSION := {arguments['UV_VERSION']}\n" in makefile
+    assert re.fullmatch(r"[0-9a-f]{40}", arguments["APEX_COMMIT"])
+    named = {
+        name for copy in arguments_of(steps, "COPY") for name in copy.split() if ".txt" in name
+    }
+    assert named == {"requirements.txt", "requirements-cuda.txt"}
+    assert all((REPOSITORY / name).is_file() for name in named)
+    demo = rehearse.stage_steps(DOCKERFILE, "demo")
+    assert arguments_of(demo, "RUN")[-1] == "make setup"
+    assert arguments_of(demo, "CMD") == ['["make", "demo"]']
+    assert all(re.search(rf"^{goal}:", makefile, re.M) for goal in ("setup", "demo"))
+
+
+def test_hadolint_has_nothing_to_say_and_would_say_it():
+    linter = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which(
+        "hadolint"
+    )
+    if linter is None:
+        pytest.skip("hadolint is not installed: `make setup` (requirements-dev.txt) brings it")
+
+    def complaints(dockerfile: str) -> str:
+        return subprocess.run(
+            [linter, "-"], input=dockerfile, capture_output=True, text=True
+        ).stdout
+
+    assert complaints(DOCKERFILE) == ""
+    assert "DL3002" in complaints(DOCKERFILE.replace("USER 10001", "USER root"))
+
+
+def test_the_rehearsals_steps_are_the_stages_own(rehearse: Any):
+    first = "FROM a AS x\nRUN one \\\n  # why\n  && two\n"
+    text = f"{first}FROM b AS y\nARG V=1\nENV A=${{V}}/b\nRUN z\n"
+    steps = rehearse.stage_steps(text, "x")
+    assert [(s.line, s.instruction, s.argument.split()) for s in steps] == [
+        (2, "RUN", ["one", "&&", "two"])
+    ]
+    assert [s.instruction for s in rehearse.stage_steps(text, "y")] == ["ARG", "ENV", "RUN"]
+    rehearsal = rehearse.Rehearsal(Path("/nowhere"))
+    for step in rehearse.stage_steps(text, "y")[:2]:
+        rehearsal.run(step, runs_cmd=False)
+    assert rehearsal.environment["A"] == "1/b"
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "stage", "reason"),
+    [
+        ("FROM a AS x\nRUN --mount=type=cache,target=/c y\n", "x", "--mount"),
+        ("FROM a AS x\nCOPY --from=y /a /b\n", "x", "--from"),
+        ("FROM a AS x\nRUN y\n", "z", "no stage"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_refused(
+    rehearse: Any, dockerfile: str, stage: str, reason: str
+):
+    with pytest.raises(ValueError, match=reason):
+        rehearse.stage_steps(dockerfile, stage)
+
+
+def test_the_build_context_is_what_git_tracks_less_dockerignore(rehearse: Any):
+    names = rehearse._context()
+    assert {"Makefile", "megatron_mmr1/train.py", "requirements-cpu.txt"} <= set(names)
+    assert not [name for name in names if name.startswith((".git/", ".ci/", ".venv"))]
