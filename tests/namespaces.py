@@ -8,6 +8,7 @@ when a machine is lost.
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from pathlib import Path
 from processes import Process
 
 CABLE = "cable0"
+# What a command is started with so that all that it started dies with it.
+TABLE_OF_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
 def why_no_namespaces() -> str | None:
@@ -42,17 +45,20 @@ class Node:
 
     def run(self, *command: str) -> None:
         """Run a command there, and wait for it."""
-        done = subprocess.run([*self._enter, *command], capture_output=True, text=True)
+        done = subprocess.run([*self.enter, *command], capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
 
-    def start(self, log: Path, *command: str, **environment: str) -> Process:
-        """Start Python there, as the first process of a table of processes."""
-        table = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    def start(
+        self, log: Path, *command: str, program: str = sys.executable, **environment: str
+    ) -> Process:
+        """Start a program there, as the first process of a table of processes."""
         environment = {"GLOO_SOCKET_IFNAME": CABLE, **environment}
-        return Process(log, *command, inside=[*self._enter, *table], **environment)
+        inside = [*self.enter, *TABLE_OF_PROCESSES]
+        return Process(log, *command, program=program, inside=inside, **environment)
 
     @property
-    def _enter(self) -> list[str]:
+    def enter(self) -> list[str]:
+        """What comes before a command, to run it there."""
         return ["nsenter", "--target", str(self.holder), "--net", "--uts", "--mount", "--"]
 
 

@@ -30,18 +30,23 @@ class Process:
     """A started command with its children, in a process group of its own; output goes to files.
 
     Args:
-        command: what follows `python`.
-        inside: what comes before it, to run it somewhere else (namespaces.py).
+        command: what follows `program`.
+        inside: what comes before, to run it somewhere else (namespaces.py).
     """
 
     def __init__(
-        self, log: Path, *command: str, inside: Sequence[str] = (), **environment: str
+        self,
+        log: Path,
+        *command: str,
+        program: str = sys.executable,
+        inside: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         self._paths = log.with_suffix(".out"), log.with_suffix(".err")
         inherited = {k: v for k, v in os.environ.items() if k not in _OF_A_PROCESS_GROUP}
         with self._paths[0].open("w") as out, self._paths[1].open("w") as err:
             self._popen = subprocess.Popen(
-                [*inside, sys.executable, *command],
+                [*inside, program, *command],
                 stdout=out,
                 stderr=err,
                 cwd=REPOSITORY,
