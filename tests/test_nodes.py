@@ -6,11 +6,12 @@ Real processes on two machines made of namespaces; they load no Megatron, so a c
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from namespaces import Node, two_nodes, why_no_namespaces
+from namespaces import CABLE, Node, two_nodes, why_no_namespaces
 from processes import REPOSITORY, Finished, Process
 
 from megatron_mmr1.launch.nodes import differences
@@ -120,6 +121,48 @@ def test_a_node_of_several_ranks_is_named_once():
     assert differences(ours, [ours | {"host": "gpu-02"}] * 8) == []
 
 
+def test_the_doctor_tells_a_node_where_it_cannot_be_met(nodes: list[Node], tmp_path: Path):
+    """Asked on the second node: another one that is up, one behind a cut cable, and a name of its
+    own that other nodes can't use.
+    """
+
+    def ask(name: str, endpoint: str) -> str:
+        log = tmp_path / name
+        asked = nodes[1].start(log, str(REPOSITORY / "tools" / "doctor.py"), "--rdzv", endpoint)
+        return asked.wait().stdout
+
+    good = ask("good", "gpu-01:29500")
+    assert "OK rendezvous: gpu-01:29500 (10.77.0.1) is reached; nobody listens there yet" in good
+    assert "OK host name: gpu-02 is 10.77.0.2" in good
+    hosts = (tmp_path / "hosts").read_text()
+    (tmp_path / "hosts").write_text(hosts.replace("10.77.0.2", "127.0.1.1"))
+    nodes[0].run("ip", "link", "set", CABLE, "down")
+    bad = ask("bad", "gpu-01:29500")
+    assert "DO rendezvous: gpu-01:29500 (10.77.0.1) is not reached from gpu-02" in bad
+    assert "DO host name: gpu-02, the name that torchrun tells the other nodes, resolves to" in bad
+    assert "--local-addr=10.77.0.2" in bad
+    mine = ask("mine", "gpu-02:29500")
+    assert "DO rendezvous: gpu-02 is this node, but resolves to 127.0.1.1 here" in mine
+
+
+@pytest.mark.parametrize("script", ["c10d", "static"])
+def test_a_taken_port_ends_a_launch_script_before_torchrun_starts(tmp_path: Path, script: str):
+    """By itself torchrun ends with a stack trace; with c10d after a minute."""
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        settings = {"NODES": "2", "NODE": "0", "RANKS_PER_NODE": "1", "PYTHON": sys.executable}
+        command = (f"examples/torchrun/{script}.sh", "run=any")
+        endpoint = f"127.0.0.1:{port}"
+        launched = Process(
+            tmp_path / "log", *command, program="bash", ENDPOINT=endpoint, **settings
+        ).wait()
+    assert launched.returncode == 1 and "Traceback" not in launched.stderr
+    (line,) = [line for line in launched.stderr.splitlines() if line.startswith("DO")]
+    assert line.startswith(f"DO rendezvous: {endpoint} is this node, and port {port} can't be")
+
+
 def pretend_installed(folder: Path, package: str, version: str) -> None:
     """Let a Python that looks into `folder` first believe in another version of a package."""
     info = folder / f"{package}-{version}.dist-info"
@@ -167,6 +210,17 @@ def test_restarts_of_several_nodes_over_one_store_are_refused(tmp_path: Path):
     assert refused.returncode == 2
     assert "--max-restarts=3" in refused.stderr
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in refused.stderr
+
+
+def test_a_restart_on_one_node_finds_nothing_of_the_start_before(tmp_path: Path):
+    """Though torchrun gives it the same store again."""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    script = str(REPOSITORY / "tests" / "restarted.py")
+    command = ("-m", *launcher, script, str(tmp_path))
+    Process(tmp_path / "log", *command, PYTHONPATH=str(REPOSITORY)).wait().succeeded()
+    for rank in (0, 1):
+        found = [(tmp_path / f"start_{start}_rank_{rank}").read_text() for start in (0, 1)]
+        assert found == ["[False, False]", "[False, True]"]
 
 
 def test_the_hash_of_the_code_follows_names_and_contents(tmp_path: Path):

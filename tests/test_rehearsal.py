@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from namespaces import Node, two_nodes, why_no_namespaces
+from namespaces import CABLE, Node, two_nodes, why_no_namespaces
 from processes import REPOSITORY, Process
 from safetensors.torch import load_file
+from slurm_cluster import slurm, why_no_slurm
 
 from megatron_mmr1.data.digits import build_digits
 from megatron_mmr1.observability.metrics import read_metrics
@@ -174,6 +175,43 @@ def test_a_node_that_is_killed_is_noticed_and_its_restart_resumes(
         load_file(d / "hf" / "model.safetensors") for d in (rehearsal.dir(run), engines)
     )
     assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_slurm_starts_a_job_again_that_lost_a_node(rehearsal: Rehearsal, engines: Path):
+    """A real Slurm on both nodes runs the script of examples/slurm. All processes of its second
+    node are killed; Slurm puts the job into the queue again, where it waits for some two minutes
+    and for the node; the job then ends as one that nothing interrupted, bit for bit.
+    """
+    if missing := why_no_slurm():
+        pytest.skip(missing)
+    folder = rehearsal.folder / "slurm"
+    folder.mkdir()
+    variables = f"RANKS_PER_NODE=2,GLOO_SOCKET_IFNAME={CABLE},PYTHON={sys.executable}"
+    checkpoints = rehearsal.dir("by_slurm") / "checkpoints"
+    with slurm(folder, rehearsal.nodes) as cluster:
+        job = cluster.ask(
+            *("sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0"),
+            *(f"--output={folder / 'job.log'}", f"--export=ALL,{variables}"),
+            "examples/slurm/train.sbatch",
+            *rehearsal.arguments("by_slurm", *LAYOUT, f"replay={engines}"),
+        )
+        wait_for(lambda: (checkpoints / "step_1").exists(), [])
+        cluster.lose_node(rehearsal.nodes[1])
+        lost = time.monotonic()
+        wait_for(lambda: cluster.job(job, "Restarts") == "1", [])
+        noticed = time.monotonic()
+        last = max(int(f.name.removeprefix("step_")) for f in checkpoints.glob("step_*"))
+        assert last < NUM_STEPS, "it was lost too late"
+        cluster.start_node(rehearsal.nodes[1])
+        wait_for(lambda: (checkpoints / f"step_{last + 1}").exists(), [])
+        recovered = time.monotonic()
+        wait_for(lambda: cluster.job(job, "JobState") == "COMPLETED", [])
+    print(
+        f"Slurm: lost at step {last}; in the queue again after {noticed - lost:.1f} s; a new step "
+        f"{recovered - noticed:.1f} s after that"
+    )
+    assert numbers(rehearsal.dir("by_slurm")) == numbers(engines)
 
 
 def wait_for(has_happened: Callable[[], bool], while_running: list[Process]) -> None:

@@ -13,8 +13,9 @@ PYTHON=${PYTHON:-.venv/bin/python}
 "$PYTHON" tools/doctor.py --rdzv "${ENDPOINT:?HOST:PORT of one of the nodes}" >&2
 # A restart's processes must meet in a store of their own (megatron_mmr1/launch/rendezvous.py).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+echo "$(hostname): waits for all ${NODES:?how many nodes} nodes, ten minutes at most" >&2
 exec "$PYTHON" -m torch.distributed.run \
-    --nnodes="${NODES:?how many nodes}" --nproc-per-node="${RANKS_PER_NODE:?processes a node}" \
+    --nnodes="$NODES" --nproc-per-node="${RANKS_PER_NODE:?processes a node}" \
     --max-restarts="${MAX_RESTARTS:-3}" \
     --rdzv-backend=c10d --rdzv-endpoint="$ENDPOINT" --rdzv-id="${RUN_ID:-megatron_mmr1}" \
     -m "megatron_mmr1.${ENTRY:-train}" resume=auto "$@"

@@ -22,11 +22,11 @@ CONFIG_FILE = "config.yaml"
 # Where a run lies, how it was started and over which processes it is laid change nothing that it
 # computes (but for float32 rounding).
 _MAY_DIFFER = re.compile(
-    r"resume|output_dir|parallel\..*|max_tokens_per_microbatch|rollout\.tp_size"
+    r"resume|output_dir|launch\..*|parallel\..*|max_tokens_per_microbatch|rollout\.tp_size"
     r"|(data\.)?max_bad_share"
 )
 # A cold start sets aside what is longer than a micro-batch, so that this decides its draws.
-_MAY_DIFFER_IN_A_COLD_START = re.compile(r"resume|output_dir|parallel\..*|max_bad_share")
+_MAY_DIFFER_IN_A_COLD_START = re.compile(r"resume|output_dir|launch\..*|parallel\..*|max_bad_share")
 _MAY_DIFFER_IN_EVALUATION = re.compile(
     r"output|name|max_bad_share|rollout\.kv_cache_bytes|reward\..*"
 )
