@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import Process
+from processes import REPOSITORY, Process
 
 CABLE = "cable0"
 # What a command is started with so that all that it started dies with it.
@@ -59,7 +59,8 @@ class Node:
     @property
     def enter(self) -> list[str]:
         """What comes before a command, to run it there."""
-        return ["nsenter", "--target", str(self.holder), "--net", "--uts", "--mount", "--"]
+        namespaces = ("--net", "--uts", "--mount", f"--wdns={REPOSITORY}")
+        return ["nsenter", "--target", str(self.holder), *namespaces, "--"]
 
 
 @contextmanager

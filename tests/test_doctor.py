@@ -93,7 +93,7 @@ def test_a_missing_package_is_named(tmp_path: Path):
     (tmp_path / "requirements-cpu.txt").write_text("# first\n-r requirements.txt\n")
     both = [told(finding) for finding in software.check_pins(tmp_path, has_gpu=False)]
     assert both[0].endswith("requirements-cpu.txt pins 0.0.1; run `make setup`")
-    assert both[1].startswith("not installed")
+    assert both[1].startswith("no-such-package of requirements-cpu.txt not installed; run")
     assert software.check_pins(tmp_path / "nowhere", has_gpu=False)[0].status == "-"
 
 

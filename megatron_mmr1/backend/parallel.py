@@ -34,6 +34,8 @@ def initialize(config: ParallelConfig, seed: int, meeting: Meeting | None = None
         ValueError: the processes don't meet.
     """
     meeting = meeting or meet()
+    # NCCL's communicators, made at their first use, also wait in the store.
+    meeting.store.set_timeout(_COLLECTIVE_TIMEOUT)
     if device.has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(

@@ -17,6 +17,7 @@ from megatron_mmr1.launch.findings import Finding, do, not_here, ok
 from megatron_mmr1.launch.versions import installed
 
 _PYTHON = (3, 12)
+_MOST_NAMED = 5  # missing packages
 _PIN = re.compile(r"([A-Za-z0-9_.-]+)==([^\s#]+)")
 _TRANSFORMER_ENGINE = (
     "transformer-engine",
@@ -45,20 +46,23 @@ def pins(file: Path) -> dict[str, str]:
 
 
 def check_pins(checkout: Path, has_gpu: bool) -> list[Finding]:
-    """Each pinned package that is missing or of another version; one line if there is none."""
+    """Each pinned package of another version, and those that are missing; else one line."""
     name = "requirements-cuda.txt" if has_gpu else "requirements-cpu.txt"
     file = checkout / name
     if not file.is_file():
         return [not_here("versions", f"{checkout} is no checkout: it has no {name}")]
     wanted = {p: v for p, v in pins(file).items() if p not in _TRANSFORMER_ENGINE}
     remedy = "run `make setup`" if not has_gpu else f"run `uv pip install -r {name}`"
-    findings = []
-    for package, version in wanted.items():
-        found = installed(package)
-        if found is None:
-            findings.append(do(package, f"not installed, {name} pins {version}; {remedy}"))
-        elif _without_build(found, has_gpu) != version:
-            findings.append(do(package, f"is {found}, {name} pins {version}; {remedy}"))
+    found = {package: installed(package) for package in wanted}
+    findings = [
+        do(package, f"is {version}, {name} pins {wanted[package]}; {remedy}")
+        for package, version in found.items()
+        if version and _without_build(version, has_gpu) != wanted[package]
+    ]
+    if missing := [package for package in wanted if not found[package]]:
+        more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+        names = ", ".join(missing[:_MOST_NAMED])
+        findings.append(do("versions", f"{names}{more} of {name} not installed; {remedy}"))
     return findings or [ok("versions", f"{len(wanted)} packages are what {name} pins")]
 
 
