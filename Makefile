@@ -12,10 +12,10 @@ UV_VERSION := 0.13.9
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow parity parity-ci kernel-gates bench check learning clean
+.PHONY: help setup demo test test-slow parity parity-ci kernel-gates bench check learning doctor rehearsal clean
 
 help:
-	@echo "make setup | demo | test | test-slow | parity | parity-ci | kernel-gates | bench | check | learning | clean"
+	@echo "make setup | demo | test | test-slow | parity | parity-ci | kernel-gates | bench | check | learning | doctor | rehearsal | clean"
 
 setup: $(STAMP)
 
@@ -76,6 +76,15 @@ check: $(STAMP)
 # The README's table: three seeds of cold start + GRPO. Ten minutes on two cores.
 learning: $(STAMP) data/digits/sft.parquet models/tiny_qwen2_5_vl/config.json
 	$(BIN)/python tools/measure_learning.py
+
+# Is this machine ready? Each line OK or what to do; also where nothing is installed yet.
+doctor:
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/doctor.py
+
+# Two nodes made of network namespaces: launches, checks between nodes, a killed node, Slurm. Needs
+# root and iproute2; the part with Slurm also slurm-wlm and munge.
+rehearsal: $(STAMP)
+	$(BIN)/python -m pytest -s tests/test_nodes.py tests/test_rehearsal.py
 
 clean:
 	rm -rf data models outputs
