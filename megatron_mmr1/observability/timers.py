@@ -6,6 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The policy measures these inside the phase "train" (backend/clock.py says what they are).
+PARTS_OF_TRAIN = (
+    "logprobs",
+    "vision",
+    "forward",
+    "head",
+    "backward",
+    "pipeline",
+    "gradient_sync",
+    "optimizer",
+)
+
 
 class PhaseTimers:
     """Wall-clock seconds a phase, added up until `pop`. Nested phases each count their whole time.
