@@ -184,7 +184,12 @@ def _evaluate(config: GrpoConfig, parts: Parts) -> dict[str, float]:
 def _training_sampling(config: GrpoConfig, step: int) -> Sampling:
     rollout = config.rollout
     return Sampling(
-        rollout.group_size, rollout.temperature, rollout.max_response_tokens, config.seed, step
+        rollout.group_size,
+        rollout.temperature,
+        rollout.max_response_tokens,
+        config.seed,
+        step,
+        ignores_end=rollout.ignore_end,
     )
 
 
