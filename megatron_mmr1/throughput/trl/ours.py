@@ -44,17 +44,18 @@ def main(name: str, folder: str, max_tokens: str) -> None:
     loss, rule = losses.grpo(AlgorithmConfig()), SoftmaxRule(1.0, ())
     samples = _samples(case, processor)
     while turn.wait():
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         step, plan = builder.build([batching.size_of(s) for s in samples], samples.__getitem__)
         metrics = policy.train_step(step, loss, rule)
-        seconds = time.perf_counter() - start
         turn.report(
             {
-                "train_s": seconds,
+                "train_s": time.perf_counter() - start,
+                "train_cpu_s": time.process_time() - start_cpu,
+                "tokens": sum(s.num_tokens for s in map(batching.size_of, samples)),
+                "positions": sum(len(batch.token_ids_T) for batch in step.micro_batches),
+                "micro_batches": plan.metrics()["packing/micro_batches"],
                 "loss": metrics["loss"],
                 "grad_norm": metrics["grad_norm"],
-                "waste": plan.waste,
-                "micro_batches": len(step.micro_batches),
             }
             | policy.clock.pop()
         )
