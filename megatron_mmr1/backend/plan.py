@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mmr1.algorithms.grpo_loss import loss_counts
-from megatron_mmr1.backend.packing import StepCost, balance, first_fit_decreasing, pad_to
+from megatron_mmr1.backend.cost import StepCost
+from megatron_mmr1.backend.packing import balance, first_fit_decreasing, pad_to
 from megatron_mmr1.config.layout import sequence_multiple, total_multiple
 from megatron_mmr1.config.schema import ParallelConfig
 from megatron_mmr1.types import GroupKey
