@@ -35,6 +35,7 @@ from megatron_mmr1.backend.layout import LocalView, local_view
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
 from megatron_mmr1.backend.optimizer import build_optimizer
 from megatron_mmr1.backend.parking import ParkedState
+from megatron_mmr1.backend.precision import check_machine
 from megatron_mmr1.backend.rotary import max_positions
 from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
@@ -68,7 +69,8 @@ class MegatronPolicy:
 
     Raises:
         ValueError: the folder's model type has no conversion table, or a tensor is missing;
-            model.kernels asks for Triton without a GPU.
+            model.kernels asks for Triton without a GPU, or precision.fp8 for what this machine
+            does not compute.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class MegatronPolicy:
         form_of(model.kernels, device.device())
         self._max_positions = max_positions(text)
         is_interleaved = parallel_config.vpp_size > 1
+        check_machine(precision)
         with device.seam():
             config = transformer_config(hf_config, parallel_config, precision)
             # Autograd hooks that the garbage collector can't see keep the config. It must hold the
@@ -118,7 +121,9 @@ class MegatronPolicy:
             if self._tower is not None:
                 self._tower.requires_grad_(self._trains_vision)
             ddp_config = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                fp8_param_gather=precision.fp8_params,
             )
             self.model: list[Any] = [
                 DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks

@@ -49,7 +49,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
         config.model, config.parallel, config.optimizer, num_steps, precision=config.precision
     )
     builder = batching.StepBuilder(
-        Packing.at(config.parallel, limit, config.precision.fp8),
+        Packing.at(config.parallel, limit, config.precision),
         policy.cost,
         batching.ImageTokens.of(processor),
     )
