@@ -12,15 +12,17 @@ UV_VERSION := 0.13.9
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-slow parity parity-ci kernel-gates bench check learning clean
+.PHONY: help setup demo test test-slow parity parity-ci kernel-gates te-check bench check learning doctor rehearsal clean
 
 help:
-	@echo "make setup | demo | test | test-slow | parity | parity-ci | kernel-gates | bench | check | learning | clean"
+	@echo "make setup | demo | test | test-slow | parity | parity-ci | kernel-gates | te-check | bench | check | learning | doctor | rehearsal | clean"
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-cpu.txt requirements-dev.txt requirements-override.txt pyproject.toml
-	@test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==$(UV_VERSION); }
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv && .uv/bin/python -m pip install --quiet uv==$(UV_VERSION)
+
+$(STAMP): requirements.txt requirements-cpu.txt requirements-dev.txt requirements-override.txt pyproject.toml | .uv/bin/uv
 	@test -x $(BIN)/python || .uv/bin/uv venv --quiet --python 3.12 $(VENV)
 	.uv/bin/uv pip install --python $(VENV) -r requirements-cpu.txt -r requirements-dev.txt \
 		--override requirements-override.txt
@@ -56,6 +58,14 @@ parity-ci: $(STAMP)
 kernel-gates: $(STAMP)
 	$(BIN)/python tools/check_kernel_gates.py --markdown docs/kernel_gates.md
 
+# Transformer Engine's real modules at published sizes and many layouts, held against the local layers and Hugging Face,
+# without a GPU. The first time it compiles Transformer Engine into .venv-te: 15 to 40 minutes on one core.
+# An environment of its own: where it is installed, Megatron-Core takes its norms and optimizers everywhere.
+te-check: | .uv/bin/uv
+	tools/build_te.sh .uv/bin/uv
+	PYTHONPATH=. LD_LIBRARY_PATH="$$(ls -d $(CURDIR)/.venv-te/lib/python3.12/site-packages/nvidia/*/lib | tr '\n' ':')" \
+		.venv-te/bin/python -W ignore tests/te_cases.py
+
 # What can be measured on a CPU: packing and balance; the sampler; the verifier; the memory of the output layer (5 GB); the
 # converters against plain copies (6 GB of disk); the memory that large images take.
 bench: $(STAMP)
@@ -76,6 +86,15 @@ check: $(STAMP)
 # The README's table: three seeds of cold start + GRPO. Ten minutes on two cores.
 learning: $(STAMP) data/digits/sft.parquet models/tiny_qwen2_5_vl/config.json
 	$(BIN)/python tools/measure_learning.py
+
+# Is this machine ready? Each line OK or what to do; also where nothing is installed yet.
+doctor:
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/doctor.py
+
+# Two nodes made of network namespaces: launches, checks between nodes, a killed node, Slurm. Needs
+# root and iproute2; the part with Slurm also slurm-wlm and munge.
+rehearsal: $(STAMP)
+	$(BIN)/python -m pytest -s tests/test_nodes.py tests/test_rehearsal.py
 
 clean:
 	rm -rf data models outputs

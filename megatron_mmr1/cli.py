@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -93,7 +94,7 @@ def run_main(main: Callable[[], None]) -> None:
     Parallelism: only rank 0 (environment variable RANK) prints a fault that all ranks have. The
     others wait a moment before they exit: torchrun ends everybody at the first exit, and rank 0
     must have spoken by then. A rank that is still there after the wait is alone with its fault and
-    prints it, with its rank.
+    prints it, with its rank and, if there are several, its node.
     """
     # Before torch is imported: its C++ side then shows errors, not notices.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -106,8 +107,16 @@ def run_main(main: Callable[[], None]) -> None:
         if rank:
             time.sleep(_RANK_0_FIRST_S)
         message = " ".join(str(error).split())
-        print(f"error{f' on rank {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
+        print(f"error{_whose(rank)}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _whose(rank: int) -> str:
+    """Whose fault it is, unless it is rank 0's; with several nodes also the node's name."""
+    if not rank:
+        return ""
+    has_several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    return f" on rank {rank}" + (f" (node {socket.gethostname()})" if has_several_nodes else "")
 
 
 def _presets(schema: type, overrides: list[str]) -> tuple[list[str], list[str]]:

@@ -33,12 +33,15 @@ def main() -> None:
 
     device.prepare_process()
     from megatron_mmr1.backend import parallel
+    from megatron_mmr1.launch.nodes import check_nodes
+    from megatron_mmr1.launch.rendezvous import meet
     from megatron_mmr1.observability.report import write_report
     from megatron_mmr1.observability.summary import print_summary
     from megatron_mmr1.trainers import grpo
 
-    parallel.initialize(config.parallel, config.seed)
-    run_dir = parallel.broadcast_from_main(run_dir)
+    meeting = meet()
+    run_dir = check_nodes(meeting, config, run_dir)
+    parallel.initialize(config.parallel, config.seed, meeting)
     grpo.train(config, run_dir)
     if is_main:
         print_summary(run_dir, write_report(run_dir))

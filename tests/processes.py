@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +27,26 @@ class Finished:
 
 
 class Process:
-    """A started command with its children, in a process group of its own; output goes to files."""
+    """A started command with its children, in a process group of its own; output goes to files.
 
-    def __init__(self, log: Path, *command: str, **environment: str) -> None:
+    Args:
+        command: what follows `program`.
+        inside: what comes before, to run it somewhere else (namespaces.py).
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *command: str,
+        program: str = sys.executable,
+        inside: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         self._paths = log.with_suffix(".out"), log.with_suffix(".err")
         inherited = {k: v for k, v in os.environ.items() if k not in _OF_A_PROCESS_GROUP}
         with self._paths[0].open("w") as out, self._paths[1].open("w") as err:
             self._popen = subprocess.Popen(
-                [sys.executable, *command],
+                [*inside, program, *command],
                 stdout=out,
                 stderr=err,
                 cwd=REPOSITORY,
@@ -48,9 +61,9 @@ class Process:
         os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
 
-    def wait(self) -> Finished:
+    def wait(self, limit_s: float = LIMIT_S) -> Finished:
         try:
-            self._popen.wait(LIMIT_S)
+            self._popen.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.kill()
         return Finished(self._popen.returncode, *(path.read_text() for path in self._paths))

@@ -160,3 +160,24 @@ PUBLISHED: dict[str, Published] = {
         291,
     ),
 }  # fmt: skip
+
+
+def config_of(published: Published) -> Any:
+    """Return a published model's Hugging Face config."""
+    from transformers import AutoConfig  # heavy, and many tests read the sizes alone
+
+    settings = dict(published.config)
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def tensors_of_hugging_face(config: Any) -> dict[str, Any]:
+    """Names and shapes that `save_pretrained` would write."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
+
+    auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else None
+    with torch.device("meta"):
+        model = (auto or AutoModelForCausalLM).from_config(config)
+    named = dict(model.named_parameters())
+    return {name: t.shape for name, t in revert_weight_conversion(model, named).items()}

@@ -18,10 +18,7 @@ from published import PUBLISHED
 from megatron_mmr1 import cli
 from megatron_mmr1.config.layout import (
     ModelSizes,
-    check_fp8,
     check_layout,
-    check_max_tokens,
-    total_multiple,
 )
 from megatron_mmr1.config.model_folder import check_model_folder
 from megatron_mmr1.config.run_dir import new_run_name, open_run_dir
@@ -248,12 +245,6 @@ GRPO_FAULTS = [
     ),
     ("parallel.ep_size=2", "parallel.ep_size=2 ", "use 1"),
     ("parallel.recompute=some", "parallel.recompute='some' ", "none or selective or full"),
-    (
-        "precision.fp8=hybrid",
-        "precision.fp8='hybrid' needs the module transformer_engine",
-        "use off",
-    ),
-    ("precision.fp8=bogus", "precision.fp8='bogus' ", "off or hybrid or e4m3"),
     ("rollout.tp_size=2", "rollout.tp_size=2 ", "use 1"),
     ("rollout.tp_size=0", "rollout.tp_size=0 ", "use 1 or more"),
     ("rollout.kv_cache_bytes=-1", "rollout.kv_cache_bytes=-1 ", "use 0 or more"),
@@ -441,20 +432,6 @@ def test_layouts_that_fit_experts_and_deepstack():
     check_layout(ParallelConfig(tp_size=2, sequence_parallel=True, ep_size=2), EXPERTS, 2)
     check_layout(ParallelConfig(pp_size=2), DEEPSTACK, 2)
     check_layout(ParallelConfig(pp_size=4, first_stage_layers=5), DEEPSTACK, 4)
-
-
-def test_fp8_asks_for_tokens_and_sizes_in_sixteens():
-    """Transformer Engine refuses other sides of a matrix: found before it is loaded."""
-    sizes = ModelSizes(64, 8, 80, 29568, 16, 0)  # a 72B model
-    layout = ParallelConfig(tp_size=2, cp_size=2, sequence_parallel=True)
-    assert (total_multiple(layout), total_multiple(layout, "hybrid")) == (8, 64)
-    message = message_of(check_max_tokens, layout, 1000, 1, "why", "hybrid")
-    assert message.endswith("precision.fp8=hybrid; use a multiple of 64, as 960")
-    check_fp8(ParallelConfig(tp_size=8), sizes, "hybrid")
-    check_fp8(ParallelConfig(tp_size=16), sizes, "off")
-    message = message_of(check_fp8, ParallelConfig(tp_size=16), sizes, "hybrid")
-    assert "intermediate_size=29568 over parallel.tp_size=16 is 1848" in message
-    assert "lower parallel.tp_size" in message
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import PUBLISHED, Published
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.core_model_loading import revert_weight_conversion
+from published import PUBLISHED, config_of, tensors_of_hugging_face
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
@@ -33,20 +31,6 @@ from megatron_mmr1.convert import (
 )
 
 pytestmark = pytest.mark.usefixtures("process_group")
-
-
-def config_of(published: Published) -> Any:
-    settings = dict(published.config)
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
-
-
-def tensors_of_hugging_face(config: Any) -> dict[str, torch.Size]:
-    """Names and shapes that `save_pretrained` would write."""
-    auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else None
-    with torch.device("meta"):
-        model = (auto or AutoModelForCausalLM).from_config(config)
-    named = dict(model.named_parameters())
-    return {name: t.shape for name, t in revert_weight_conversion(model, named).items()}
 
 
 def tensors_of_ours(config: Any) -> list[tuple[str, torch.Size]]:

@@ -15,6 +15,7 @@ ARROWS = {
     "types": set(),
     "config": set(),
     "device": set(),
+    "launch": BASE,
     "kernels": BASE,
     "algorithms": BASE,
     "data": BASE,
@@ -22,7 +23,8 @@ ARROWS = {
     "rewards": BASE,
     "convert": BASE,
     "rollout": BASE | {"data"},
-    "backend": BASE | {"algorithms", "convert", "device", "kernels"},
+    # backend makes its process group of the processes that launch/rendezvous.py has met.
+    "backend": BASE | {"algorithms", "convert", "device", "kernels", "launch"},
     "weight_sync": {"types"},
     "evaluation": BASE | {"data", "rollout", "rewards"},
     "observability": BASE,

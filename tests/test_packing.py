@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from megatron_mmr1.backend.cost import StepCost
 from megatron_mmr1.backend.packing import (
-    StepCost,
     balance,
     first_fit_decreasing,
     longest_processing_time,

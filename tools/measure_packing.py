@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_mmr1.backend.cost import StepCost
 from megatron_mmr1.backend.packing import (
-    StepCost,
     balance,
     first_fit_decreasing,
     longest_processing_time,

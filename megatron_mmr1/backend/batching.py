@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_mmr1 import device
 from megatron_mmr1.algorithms.grpo_loss import token_weights
 from megatron_mmr1.backend import parallel
-from megatron_mmr1.backend.packing import StepCost, pad_to
+from megatron_mmr1.backend.cost import StepCost
+from megatron_mmr1.backend.packing import pad_to
 from megatron_mmr1.backend.plan import Packing, SampleSize, StepPlan, padded_lengths, plan_step
 from megatron_mmr1.kernels.sequences import pack_sequences
 from megatron_mmr1.types import (

@@ -54,7 +54,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """Return one transformer layer, dense or with experts as the config says.
 
     Raises:
-        ValueError: CUDA without Transformer Engine, or FP8 without CUDA.
+        ValueError: CUDA without Transformer Engine.
     """
     experts = config.num_moe_experts
     if device.has_gpu():
@@ -65,9 +65,8 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         layer: Any = spec.submodules
         layer.self_attention.submodules.core_attention = _packed_te_attention()
         return spec
-    if config.fp8:
-        # Megatron would run local layers in full precision without a word.
-        raise ValueError(f"precision.fp8={config.fp8!r} needs a GPU, and there is none; use off")
+    # Megatron would run local layers in full precision without a word.
+    assert not config.fp8, "precision.check_machine comes first"
     spec = get_gpt_layer_local_spec(
         num_experts=experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
     )

@@ -33,6 +33,7 @@ from megatron_mmr1.backend.attention import VisualRows
 from megatron_mmr1.backend.layer_spec import block_spec
 from megatron_mmr1.backend.layout import LocalView
 from megatron_mmr1.backend.packing import pad_to
+from megatron_mmr1.backend.precision import megatron_settings
 from megatron_mmr1.backend.rotary import Rotary
 from megatron_mmr1.backend.towers import build_tower, num_deepstack_layers
 from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig
@@ -68,8 +69,6 @@ def transformer_config(
     _refuse_other_parts(text, family.has_qkv_bias)
     experts = getattr(text, "num_experts", None)
     dtype = DTYPES[precision.dtype]
-    recipe: Any = precision.recipe
-    fp8: Any = None if precision.fp8 == "off" else precision.fp8
     recompute: Any = None if parallel.recompute == "none" else parallel.recompute
     is_interleaved = parallel.vpp_size > 1
     return TransformerConfig(
@@ -99,8 +98,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        fp8=fp8,
-        fp8_recipe=recipe,
+        **megatron_settings(precision),
         tensor_model_parallel_size=parallel.tp_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pp_size,
@@ -201,9 +199,10 @@ class PolicyStage(MegatronModule):
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         # Parameters only: the vision tower's rotary frequencies, a buffer, stay float32, as Hugging
         # Face keeps them. Torch norms come in float32; with both dtypes in one model Megatron saves
-        # optimizer states under other parameters' names.
+        # optimizer states under other parameters' names. FP8 parameters say the model's dtype too.
         for name, parameter in self.named_parameters():
-            parameter.data = parameter.data.to(config.params_dtype)
+            if parameter.dtype != config.params_dtype:
+                parameter.data = parameter.data.to(config.params_dtype)
             if ".experts." in name:
                 # Added up over the ranks that hold the same experts, by an optimizer of their own.
                 # Without expert parallelism Megatron would take experts for dense parameters: their

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
@@ -19,26 +18,32 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_mmr1 import device
 from megatron_mmr1.backend import patches
 from megatron_mmr1.config.schema import ParallelConfig
+from megatron_mmr1.launch.rendezvous import Meeting, meet
+
+# How long a rank waits for the others: a slow engine's rollouts and a first compilation fit in.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def initialize(config: ParallelConfig, seed: int) -> None:
-    """Join the process group that torchrun describes (or a group of one)
-    and lay Megatron's groups over it.
+def initialize(config: ParallelConfig, seed: int, meeting: Meeting | None = None) -> None:
+    """Make the process group of those that met, and lay Megatron's groups over it.
+
+    Args:
+        meeting: of `launch.rendezvous.meet`; None = meet now.
 
     Raises:
-        ValueError: a single process finds its MASTER_PORT taken.
+        ValueError: the processes don't meet.
     """
-    alone = "RANK" not in os.environ
-    if alone:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    meeting = meeting or meet()
+    # NCCL's communicators, made at their first use, also wait in the store.
+    meeting.store.set_timeout(_COLLECTIVE_TIMEOUT)
     if device.has_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         device.collective_backend(),
-        timeout=timedelta(minutes=30),
-        store=_loopback_store() if alone else None,
-        rank=0 if alone else -1,
-        world_size=1 if alone else -1,
+        timeout=_COLLECTIVE_TIMEOUT,
+        store=meeting.store,
+        rank=meeting.rank,
+        world_size=meeting.world_size,
     )
     lay_groups(config, seed)
 
@@ -192,35 +197,6 @@ def gather_array(values: np.ndarray) -> np.ndarray:
     return torch.stack(everyone).cpu().numpy()
 
 
-def broadcast_from_main(value: Any) -> Any:
-    """Return rank 0's value on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def barrier() -> None:
     """Wait until every rank is here."""
     dist.barrier()
-
-
-def _loopback_store() -> dist.TCPStore:
-    """A store that listens on 127.0.0.1 only (torch's own listens on every interface)."""
-    port = int(os.environ.get("MASTER_PORT", "0"))
-    with socket.socket() as listener:
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ValueError(
-                f"MASTER_PORT={port} is in use on 127.0.0.1 ({error.strerror}); "
-                "choose another with MASTER_PORT=NNNN, or leave it unset to have a free one picked"
-            ) from error
-        listener.listen()
-        os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
-        return dist.TCPStore(
-            "127.0.0.1",
-            int(os.environ["MASTER_PORT"]),
-            world_size=1,
-            is_master=True,
-            master_listen_fd=listener.detach(),
-        )

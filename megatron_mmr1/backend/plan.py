@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from megatron_mmr1.algorithms.grpo_loss import loss_counts
-from megatron_mmr1.backend.packing import StepCost, balance, first_fit_decreasing, pad_to
+from megatron_mmr1.backend.cost import StepCost
+from megatron_mmr1.backend.packing import balance, first_fit_decreasing, pad_to
 from megatron_mmr1.config.layout import sequence_multiple, total_multiple
-from megatron_mmr1.config.schema import ParallelConfig
+from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig
 from megatron_mmr1.types import GroupKey
+
+_FLOAT32 = PrecisionConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class Packing:
         sequence_multiple: each sequence is padded to it: context parallelism cuts it into
             2 * cp_size chunks.
         total_multiple: of a micro-batch's tokens: sequence parallelism cuts a rank's chunk again,
-            and FP8 wants multiples of 16.
+            and FP8 wants multiples of 16, or whole blocks.
         count_multiple: of the number of micro-batches: the interleaved pipeline schedule takes
             them in rounds of pp_size.
         is_fixed_length: all micro-batches of a step are as long as the longest one: pipeline stages
@@ -73,12 +76,14 @@ class Packing:
     is_fixed_length: bool = False
 
     @classmethod
-    def at(cls, layout: ParallelConfig, max_tokens: int, fp8: str = "off") -> Packing:
-        """Return the packing rules of a layout and of `precision.fp8`."""
+    def at(
+        cls, layout: ParallelConfig, max_tokens: int, precision: PrecisionConfig = _FLOAT32
+    ) -> Packing:
+        """Return the packing rules of a layout and a number format."""
         return cls(
             max_tokens,
             sequence_multiple=sequence_multiple(layout),
-            total_multiple=total_multiple(layout, fp8),
+            total_multiple=total_multiple(layout, precision),
             count_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
             is_fixed_length=layout.pp_size > 1,
         )

@@ -29,11 +29,13 @@ from torch import Tensor
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend import losses, parallel
+from megatron_mmr1.backend.clock import StepClock
+from megatron_mmr1.backend.cost import StepCost
 from megatron_mmr1.backend.layout import LocalView, local_view
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
 from megatron_mmr1.backend.optimizer import build_optimizer
-from megatron_mmr1.backend.packing import StepCost
 from megatron_mmr1.backend.parking import ParkedState
+from megatron_mmr1.backend.precision import check_machine
 from megatron_mmr1.backend.rotary import max_positions
 from megatron_mmr1.backend.vision import StepFeatures
 from megatron_mmr1.backend.weights import NamedWeights
@@ -63,10 +65,12 @@ class MegatronPolicy:
     Attributes:
         chunks: this rank's model chunks (one without interleaving), unwrapped.
         cost: what samples cost in FLOPs, to balance them.
+        clock: how long the parts of the train steps and log-prob passes took.
 
     Raises:
         ValueError: the folder's model type has no conversion table, or a tensor is missing;
-            model.kernels asks for Triton without a GPU.
+            model.kernels asks for Triton without a GPU, or precision.fp8 for what this machine
+            does not compute.
     """
 
     def __init__(
@@ -84,12 +88,14 @@ class MegatronPolicy:
         text = hf_config.get_text_config()
         vision = getattr(hf_config, "vision_config", None)
         self.cost = StepCost.of(text, vision, not model.freeze_vision)
+        self.clock = StepClock()
         full = parallel_config.recompute == "full"
         self._recomputes_vision = full or parallel_config.recompute_vision
         self._kernels = model.kernels
         form_of(model.kernels, device.device())
         self._max_positions = max_positions(text)
         is_interleaved = parallel_config.vpp_size > 1
+        check_machine(precision)
         with device.seam():
             config = transformer_config(hf_config, parallel_config, precision)
             # Autograd hooks that the garbage collector can't see keep the config. It must hold the
@@ -97,6 +103,7 @@ class MegatronPolicy:
             # process.
             finalize: Any = weakref.WeakMethod(self._finalize_gradients)
             config.finalize_model_grads_func = lambda *args, **kwargs: finalize()(*args, **kwargs)
+            config.timers = self.clock.of_schedule
             stages = range(parallel_config.vpp_size) if is_interleaved else [None]
             self.chunks = [PolicyStage(hf_config, config, stage) for stage in stages]
             for chunk in self.chunks:
@@ -114,7 +121,9 @@ class MegatronPolicy:
             if self._tower is not None:
                 self._tower.requires_grad_(self._trains_vision)
             ddp_config = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                fp8_param_gather=precision.fp8_params,
             )
             self.model: list[Any] = [
                 DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks
@@ -143,7 +152,7 @@ class MegatronPolicy:
             parts.append(whole_R)
             return hidden_RD.new_zeros(()), _no_tokens(hidden_RD), {}
 
-        with device.seam():
+        with device.seam(), self.clock.part("logprobs", is_whole=True):
             self._features = self._encode(step, trains=False)
             self._run(step, read, forward_only=True)
         sizes = [len(batch.predicts_R) for batch in step.micro_batches]
@@ -168,8 +177,9 @@ class MegatronPolicy:
         results: list[losses.LossResult] = []
 
         def learn(hidden_RD: Tensor, view: LocalView) -> tuple[Tensor, Tensor, Any]:
-            head = self.chunks[-1].output_head(rule, self._kernels)
-            result = loss_function(hidden_RD, head, view)
+            with self.clock.part("head"):
+                head = self.chunks[-1].output_head(rule, self._kernels)
+                result = loss_function(hidden_RD, head, view)
             results.append(result)
             return result.loss, _no_tokens(hidden_RD), {}
 
@@ -180,11 +190,14 @@ class MegatronPolicy:
             self._features = self._encode(step, trains=True)
             self._run(step, learn, forward_only=False)
             lr = self.optimizer.param_groups[0]["lr"]
-            outcome: Any = self.optimizer.step()
+            with self.clock.part("optimizer"):
+                outcome: Any = self.optimizer.step()
             _, grad_norm, _ = outcome
             self.schedule.step(1)
         metrics = parallel.reduce_metrics(*losses.total(results))
-        return metrics | {"grad_norm": float(grad_norm), "lr": float(lr)}
+        metrics |= {"grad_norm": float(grad_norm), "lr": float(lr)}
+        self.clock.settle()
+        return metrics
 
     def step_aside(self) -> int:
         """Make room for an engine: gradients are freed, optimizer states go to host memory.
@@ -242,29 +255,31 @@ class MegatronPolicy:
         if self._max_positions is not None:
             _check_positions(batches, self._max_positions)
         iterators = [iter(batches) for _ in self.model]
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.model,
-            num_microbatches=len(batches),
-            seq_length=len(batches[0].token_ids_T),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with self.clock.part("pipeline"):
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.model,
+                num_microbatches=len(batches),
+                seq_length=len(batches[0].token_ids_T),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
         self._features = None
 
     def _encode(self, step: StepBatch, *, trains: bool) -> StepFeatures | None:
         """Encode the step's images, on the first stage; a frozen tower once for all passes."""
         if self._tower is None:
             return None
-        if self._trains_vision:
-            return StepFeatures(
-                self._tower, step.images, trains=trains, recomputes=self._recomputes_vision
-            )
-        if self._frozen_features is None or self._frozen_features[0] is not step.images:
-            features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)
-            self._frozen_features = (step.images, features)
-        return self._frozen_features[1]
+        with self.clock.part("vision"):
+            if self._trains_vision:
+                return StepFeatures(
+                    self._tower, step.images, trains=trains, recomputes=self._recomputes_vision
+                )
+            if self._frozen_features is None or self._frozen_features[0] is not step.images:
+                features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)
+                self._frozen_features = (step.images, features)
+            return self._frozen_features[1]
 
     def _finalize_gradients(
         self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
@@ -274,8 +289,10 @@ class MegatronPolicy:
         Plain sums: the losses already carry the one global denominator.
         """
         if self._features is not None:
-            self._features.backward()
-        finalize_model_grads(model, None, **kwargs)
+            with self.clock.part("vision"):
+                self._features.backward()
+        with self.clock.part("gradient_sync"):
+            finalize_model_grads(model, None, **kwargs)
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         return (parameter for chunk in self.chunks for parameter in chunk.parameters())

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_mmr1 import device
 from megatron_mmr1.backend import parallel
+from megatron_mmr1.backend.precision import plain, write_weight
 from megatron_mmr1.convert import (
     AttentionShape,
     Family,
@@ -98,10 +99,10 @@ class NamedWeights:
         spelling = self._family.spelling_of(weights.tensors)
         for name, parameter in self._mine.items():
             name = self._numbered(name, parallel.ep_group().rank())
-            parameter.copy_(self._read(weights, spelling, name, parameter))
+            write_weight(parameter, self._read(weights, spelling, name, parameter))
         for parameter in self._copies.values():
             name = "language.embedding.word_embeddings.weight"
-            parameter.copy_(self._read(weights, spelling, name, parameter))
+            write_weight(parameter, self._read(weights, spelling, name, parameter))
 
     def export(
         self, what: str = "weights", value: Callable[[Any], Tensor | None] = lambda p: p.detach()
@@ -207,9 +208,10 @@ class NamedWeights:
 
 
 def _held(values: dict[str, Tensor | None], piece: _Piece) -> Tensor:
+    """Return what this rank has of a piece; of a weight in FP8, the values that it stands for."""
     tensor = values[piece.name]
     assert tensor is not None
-    return tensor
+    return plain(tensor)
 
 
 def _global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mmr1.config.schema import ParallelConfig
+from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig
 
-_FP8_TOKENS = 16  # of a side of a matrix in FP8 products, in elements
+_FLOAT32 = PrecisionConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +81,27 @@ def sequence_multiple(parallel: ParallelConfig) -> int:
     return 2 * parallel.cp_size if parallel.cp_size > 1 else 1
 
 
-def total_multiple(parallel: ParallelConfig, fp8: str = "off") -> int:
+def total_multiple(parallel: ParallelConfig, precision: PrecisionConfig = _FLOAT32) -> int:
     """Return what a micro-batch's tokens are padded to: SP cuts a rank's tokens again.
 
-    In FP8 the tokens that a rank holds must be a multiple of 16: they are a side of a matrix in
-    every product, and the summed one in the weights' gradients.
+    In FP8 the tokens that a rank holds are a multiple of `fp8_tokens`.
     """
     sequence_parts = parallel.tp_size if parallel.sequence_parallel else 1
-    if fp8 != "off":
-        return _FP8_TOKENS * parallel.cp_size * sequence_parts  # 16 is even: CP's halves fit too
-    return sequence_multiple(parallel) * sequence_parts
+    tokens = fp8_tokens(precision) * parallel.cp_size  # even in FP8: CP's halves fit too
+    return max(sequence_multiple(parallel), tokens) * sequence_parts
+
+
+def fp8_tokens(precision: PrecisionConfig) -> int:
+    """Return what the tokens that a rank holds must be a multiple of; 1 without FP8.
+
+    They are a side of a matrix in every product, and the summed one in the weights' gradients:
+    16 is what the hardware asks for. Blockwise scaling has blocks of 128 tokens there. Parts of
+    blocks are allowed, but with sequence parallelism Transformer Engine then gathers activations in
+    bfloat16.
+    """
+    if precision.fp8 == "off":
+        return 1
+    return 128 if precision.recipe == "blockwise" else 16
 
 
 def replica_size(parallel: ParallelConfig) -> int:
@@ -126,28 +137,12 @@ def check_layout(parallel: ParallelConfig, sizes: ModelSizes, world_size: int) -
     _check_experts(parallel, sizes, world_size)
 
 
-def check_fp8(parallel: ParallelConfig, sizes: ModelSizes, fp8: str) -> None:
-    """Refuse FP8 where a rank's part of the MLP is no multiple of 16 (Transformer Engine would).
-
-    Raises:
-        ValueError: names the sizes.
-    """
-    if fp8 != "off" and sizes.num_experts and sizes.expert_size % _FP8_TOKENS:
-        raise ValueError(
-            f"precision.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and moe_intermediate_size is "
-            f"{sizes.expert_size}; use off"
-        )
-    part = sizes.intermediate_size // parallel.tp_size
-    if fp8 != "off" and not sizes.num_experts and part % _FP8_TOKENS:
-        raise ValueError(
-            f"precision.fp8={fp8!r} needs parts of {_FP8_TOKENS}, and intermediate_size="
-            f"{sizes.intermediate_size} over parallel.tp_size={parallel.tp_size} is {part}; use "
-            "off, or lower parallel.tp_size"
-        )
-
-
 def check_max_tokens(
-    parallel: ParallelConfig, max_tokens: int, longest: int, why: str, fp8: str = "off"
+    parallel: ParallelConfig,
+    max_tokens: int,
+    longest: int,
+    why: str,
+    precision: PrecisionConfig = _FLOAT32,
 ) -> None:
     """Refuse a `max_tokens_per_microbatch` that doesn't divide or that a sample doesn't fit.
 
@@ -158,15 +153,15 @@ def check_max_tokens(
     Raises:
         ValueError: names the value and one that fits.
     """
-    unit = total_multiple(parallel, fp8)
+    unit = total_multiple(parallel, precision)
     fits = -(-longest // unit) * unit
     if max_tokens < 1 or max_tokens % unit:
         nearest = max(max_tokens // unit * unit, fits)
         raise ValueError(
             f"max_tokens_per_microbatch={max_tokens} does not divide over parallel.cp_size="
             f"{parallel.cp_size} (in 2 * cp_size chunks) and tp_size={parallel.tp_size} (with "
-            f"sequence_parallel={parallel.sequence_parallel}), precision.fp8={fp8}; use a multiple "
-            f"of {unit}, as {nearest}"
+            f"sequence_parallel={parallel.sequence_parallel}), precision.fp8={precision.fp8} with "
+            f"recipe={precision.recipe}; use a multiple of {unit}, as {nearest}"
         )
     if max_tokens < fits:
         raise ValueError(

@@ -168,6 +168,7 @@ class RolloutConfig(EngineConfig):
     # Engine and trainer take turns on the GPU: the engine sleeps while the policy trains, and
     # gradients and optimizer states are away while responses are generated.
     takes_turns: bool = True
+    ignore_end: bool = False  # responses go on to max_response_tokens: for benchmarks
     max_logprob_diff: float = (
         0.01  # mean |trainer - rollout| above which the run stops; about 0.1 in bfloat16
     )

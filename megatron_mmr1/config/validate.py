@@ -16,12 +16,12 @@ from megatron_mmr1.config.benchmarks import settled
 from megatron_mmr1.config.launch import check_launch
 from megatron_mmr1.config.layout import (
     ModelSizes,
-    check_fp8,
     check_layout,
     check_max_tokens,
     replica_size,
 )
 from megatron_mmr1.config.model_folder import check_model_folder, is_megatron_checkpoint
+from megatron_mmr1.config.precision import DTYPES, check_fp8_sizes, check_precision
 from megatron_mmr1.config.run_dir import check_folder_name
 from megatron_mmr1.config.schema import (
     AlgorithmConfig,
@@ -32,14 +32,12 @@ from megatron_mmr1.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParityConfig,
-    PrecisionConfig,
     RewardConfig,
     RolloutConfig,
     SamplerConfig,
     SftConfig,
 )
 
-_DTYPES = ("float32", "bfloat16")
 _MODULE_REMEDIES = {
     "megatron.core": "run `make setup` (or `pip install megatron-core`)",
     "psutil": (
@@ -70,7 +68,7 @@ def validate(config: GrpoConfig, world_size: int, num_nodes: int = 1) -> None:
     _at_least("seed", config.seed, 0)
     _at_least("num_steps", config.num_steps, 1)
     _check_model(config.model)
-    _check_precision(config.precision)
+    check_precision(config.precision, has_rollouts=True)
     _check_sampler(config.sampler)
     _at_least("max_responses", config.max_responses, 0)
     _require(
@@ -100,11 +98,12 @@ def validate(config: GrpoConfig, world_size: int, num_nodes: int = 1) -> None:
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, world_size)
-    check_fp8(config.parallel, sizes, config.precision.fp8)
+    check_fp8_sizes(config.precision, config.parallel, sizes)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     why = "data.max_prompt_tokens + rollout.max_response_tokens"
-    fp8 = config.precision.fp8
-    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, longest, why, fp8)
+    check_max_tokens(
+        config.parallel, config.max_tokens_per_microbatch, longest, why, config.precision
+    )
     if config.replay is None:
         _check_engine_ranks(config.rollout.tp_size, sizes, world_size)
     engine = () if config.replay is not None else ("vllm",)
@@ -137,7 +136,7 @@ def validate_sft(config: SftConfig, world_size: int, num_nodes: int = 1) -> None
     )
     _at_least("global_batch_size", config.global_batch_size, 1)
     _check_model(config.model)
-    _check_precision(config.precision)
+    check_precision(config.precision)
     _check_optimizer(config.optimizer)
     check_source("data", config.data)
     if config.validation is not None:
@@ -150,9 +149,9 @@ def validate_sft(config: SftConfig, world_size: int, num_nodes: int = 1) -> None
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, world_size)
-    check_fp8(config.parallel, sizes, config.precision.fp8)
-    fp8, why = config.precision.fp8, "the shortest sequence"
-    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, fp8)
+    check_fp8_sizes(config.precision, config.parallel, sizes)
+    why = "the shortest sequence"
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, config.precision)
     for module in ("megatron.core", "psutil"):
         check_module(module)
 
@@ -164,7 +163,7 @@ def validate_evaluate(config: EvaluateConfig) -> None:
         ValueError: names the key, its value and a remedy.
     """
     config = settled(config)
-    _choice("dtype", config.dtype, _DTYPES)
+    _choice("dtype", config.dtype, DTYPES)
     check_folder_name("name", config.name or "")
     _at_least("seed", config.seed, 0)
     _at_least("samples_per_prompt", config.samples_per_prompt, 1)
@@ -204,14 +203,14 @@ def validate_parity(config: ParityConfig) -> None:
         ValueError: names the key, its value and a remedy.
     """
     _check_model(config.model)
-    _check_precision(config.precision)
+    check_precision(config.precision)
     _at_least("dp_size", config.dp_size, 1)
     check_model_folder(config.model.path)
     sizes = ModelSizes.of(config.model.path)
     check_layout(config.parallel, sizes, replica_size(config.parallel) * config.dp_size)
-    check_fp8(config.parallel, sizes, config.precision.fp8)
-    fp8, why = config.precision.fp8, "the shortest sequence"
-    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, fp8)
+    check_fp8_sizes(config.precision, config.parallel, sizes)
+    why = "the shortest sequence"
+    check_max_tokens(config.parallel, config.max_tokens_per_microbatch, 1, why, config.precision)
     check_module("megatron.core")
 
 
@@ -298,28 +297,6 @@ def _check_model(config: ModelConfig) -> None:
     _choice("model.kernels", config.kernels, ("auto", "triton", "torch"))
 
 
-def _check_precision(config: PrecisionConfig) -> None:
-    _choice("precision.dtype", config.dtype, _DTYPES)
-    _choice("precision.fp8", config.fp8, ("off", "hybrid", "e4m3"))
-    _choice("precision.recipe", config.recipe, ("delayed", "tensorwise", "blockwise"))
-    _choice("precision.kv_cache", config.kv_cache, ("auto", "fp8"))
-    if config.fp8 != "off":
-        # Megatron itself would train in full precision without a word.
-        _require(
-            find_spec("transformer_engine") is not None,
-            "precision.fp8",
-            config.fp8,
-            "needs the module transformer_engine, which is not installed; use off, or install "
-            "requirements-cuda.txt on a machine with a GPU",
-        )
-        _require(
-            config.dtype == "bfloat16",
-            "precision.fp8",
-            config.fp8,
-            "needs precision.dtype=bfloat16",
-        )
-
-
 def _check_engine_ranks(tp_size: int, sizes: ModelSizes, world_size: int) -> None:
     _at_least("rollout.tp_size", tp_size, 1)
     fitting = [
@@ -358,6 +335,10 @@ def _check_optimizer(config: OptimizerConfig) -> None:
         _require(0 <= beta < 1, f"optimizer.{key}", beta, "is not in [0, 1); use 0 to below 1")
     _at_least("optimizer.weight_decay", config.weight_decay, 0)
     _at_least("optimizer.max_grad_norm", config.max_grad_norm, 0)
+    implementations = ("auto", "torch", "transformer_engine", "apex")
+    _choice("optimizer.implementation", config.implementation, implementations)
+    _choice("optimizer.fused_accumulation", config.fused_accumulation, ("auto", "on", "off"))
+    _check_share("optimizer.cpu_offload", config.cpu_offload)
 
 
 def _check_sampler(config: SamplerConfig) -> None:

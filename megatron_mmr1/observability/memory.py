@@ -19,6 +19,12 @@ def anonymous_bytes() -> int:
     return int(kilobytes) << 10
 
 
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process ever had resident, pages of files among it."""
+    lines = _STATUS.read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) << 10
+
+
 class PeakMemory:
     """A context that watches from a thread.
 

@@ -14,11 +14,14 @@ from megatron_mmr1.observability.plots import (
 )
 from megatron_mmr1.observability.run_records import RunRecords
 from megatron_mmr1.observability.template import card, empty, legend_item
+from megatron_mmr1.observability.timers import PARTS_OF_TRAIN
 
 PHASE_COLORS = {
     "rollout": 0,
     "reward": 3,
-    "train": 1,
+    "forward": 1,
+    "backward": 6,
+    "logprobs": 3,
     "weight_sync": 2,
     "sampler": 4,
     "evaluation": 6,
@@ -187,6 +190,9 @@ def _phases(run: RunRecords) -> str:
     for key in run.keys("time/"):
         if key != "time/step_s":
             seconds[key.removeprefix("time/").removesuffix("_s")] = run.series(key).ys
+    if "train" in seconds:
+        parts = [seconds[name] for name in PARTS_OF_TRAIN if name in seconds]
+        seconds["train (rest)"] = seconds.pop("train") - sum(parts)
     totals = {name: float(np.nansum(ys)) for name, ys in seconds.items()}
     whole = sum(totals.values())
     if whole <= 0:

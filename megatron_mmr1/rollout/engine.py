@@ -22,6 +22,7 @@ class Sampling:
         max_response_tokens: a longer response is cut, and marked by its finish reason "length".
         seed, step, is_scoring: with the prompt's key and the sample's index they fix every random
             number.
+        ignores_end: every response goes on to `max_response_tokens`.
     """
 
     group_size: int
@@ -30,6 +31,7 @@ class Sampling:
     seed: int
     step: int
     is_scoring: bool = False  # only to score prompts, before the step
+    ignores_end: bool = False
 
 
 class RolloutEngine(Protocol):

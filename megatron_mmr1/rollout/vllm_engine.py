@@ -261,6 +261,7 @@ def _sampling_params(sampling: Sampling, prompt: Prompt) -> SamplingParams:
         n=sampling.group_size,
         temperature=sampling.temperature,
         max_tokens=sampling.max_response_tokens,
+        ignore_eos=sampling.ignores_end,
         seed=request_seed(sampling, prompt.key),
         logprobs=0,
         output_kind=RequestOutputKind.FINAL_ONLY,

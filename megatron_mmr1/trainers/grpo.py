@@ -55,7 +55,7 @@ def train(config: GrpoConfig, run_dir: Path, engine: RolloutEngine | None = None
                 step += 1
                 is_best = False
                 with parts.timers.phase("step"):
-                    collected, metrics = _step(step, num_responses, config, parts)
+                    collected, metrics = one_step(step, num_responses, config, parts)
                     num_responses = int(metrics["rollout/responses_total"])
                     is_last = _is_over(step, num_responses, config, parts)
                     records.write_groups(step, collected, parts.train_set)
@@ -99,7 +99,7 @@ def _is_over(step: int, num_responses: int, config: GrpoConfig, parts: Parts) ->
     return is_over
 
 
-def _step(
+def one_step(
     step: int, num_responses: int, config: GrpoConfig, parts: Parts
 ) -> tuple[Collected, dict[str, float]]:
     """Draw, sample, judge, learn, push the weights,
@@ -107,6 +107,9 @@ def _step(
 
     Args:
         num_responses: generated before this step.
+
+    Returns:
+        What was generated, and the step's metrics without `parts.timers`.
     """
     timers, sampling = parts.timers, _training_sampling(config, step)
     num_scoring = score_if_due(step, config, parts, sampling)
@@ -139,7 +142,7 @@ def _learn(groups: Sequence[ScoredGroup], config: GrpoConfig, parts: Parts) -> d
         ]
     )
     stop_if_untrustworthy(metrics, config.rollout.max_logprob_diff)
-    return metrics
+    return metrics | parts.policy.clock.pop()
 
 
 def _build(groups: Sequence[ScoredGroup], parts: Parts) -> tuple[StepBatch, StepPlan]:
@@ -185,7 +188,12 @@ def _evaluate(config: GrpoConfig, parts: Parts) -> dict[str, float]:
 def _training_sampling(config: GrpoConfig, step: int) -> Sampling:
     rollout = config.rollout
     return Sampling(
-        rollout.group_size, rollout.temperature, rollout.max_response_tokens, config.seed, step
+        rollout.group_size,
+        rollout.temperature,
+        rollout.max_response_tokens,
+        config.seed,
+        step,
+        ignores_end=rollout.ignore_end,
     )
 
 

@@ -125,7 +125,7 @@ def build_parts(
             statistician=statistician,
             checkpoints=Checkpoints(run_dir, config.checkpoint.keep_last),
             builder=batching.StepBuilder(
-                Packing.at(config.parallel, config.max_tokens_per_microbatch, config.precision.fp8),
+                Packing.at(config.parallel, config.max_tokens_per_microbatch, config.precision),
                 policy.cost,
                 batching.ImageTokens.of(processor),
                 config.algorithm.aggregation,

@@ -49,7 +49,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
         config.model, config.parallel, config.optimizer, num_steps, precision=config.precision
     )
     builder = batching.StepBuilder(
-        Packing.at(config.parallel, limit, config.precision.fp8),
+        Packing.at(config.parallel, limit, config.precision),
         policy.cost,
         batching.ImageTokens.of(processor),
     )
@@ -77,7 +77,7 @@ def train(config: SftConfig, run_dir: Path) -> Path:
             seconds = time.perf_counter() - start
             num_tokens = metrics.pop("tokens")
             metrics |= {"tokens_per_s": num_tokens / seconds}
-            metrics |= {"time/step_s": seconds, "time/data_s": data_seconds}
+            metrics |= {"time/step_s": seconds, "time/data_s": data_seconds} | policy.clock.pop()
             if validation and _is_due(step, config.validation_every, num_steps):
                 metrics["validation/loss"] = validation.loss(policy)
                 is_best = metrics["validation/loss"] < best
