@@ -103,8 +103,10 @@ def reason(log: str, status: int) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     refusals = [line for line in lines if line.startswith("error: ")]
     errors = [line for line in lines if "Error" in line]
-    found = refusals or errors[-1:] or lines[-1:] or ["it said nothing"]
-    return f"{found[0].removeprefix('error: ')} (exit status {status})"
+    if refusals:
+        return refusals[0].removeprefix("error: ")
+    found = errors[-1:] or lines[-1:] or ["it said nothing"]
+    return f"{found[0]} (exit status {status})"
 
 
 def _launch(
