@@ -74,16 +74,22 @@ def run_points(
     folder: Path,
     say: Callable[[str], None],
     environment: dict[str, str],
+    refusal: Callable[[Point], str],
 ) -> list[dict[str, Any]]:
     """Launch one after the other; return an entry each, in their order.
 
     Args:
         command: script and arguments, which takes `--record FILE` and further overrides.
         folder: for the launches' logs and records; must exist.
+        refusal: why a point need not be launched; "" = it may.
     """
     entries = []
     for number, point in enumerate(points, 1):
         say(f"[{number}/{len(points)}] {point.label}, {point.processes} process(es)")
+        if why := refusal(point):
+            entries.append(asdict(point) | {"error": why})
+            say(f"  {why}")
+            continue
         start = time.monotonic()
         record, log = folder / f"point_{number}.json", folder / f"point_{number}.log"
         record.unlink(missing_ok=True)
