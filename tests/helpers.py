@@ -100,6 +100,7 @@ def make_policy(
     dtype: str = "float32",
     freeze_vision: bool = False,
     keep_reference: bool = False,
+    steps_per_batch: int = 1,
     layout: ParallelConfig | None = None,
 ) -> MegatronPolicy:
     """A fresh policy whose gradients are not clipped, so that they can be compared."""
@@ -109,6 +110,7 @@ def make_policy(
         OptimizerConfig(lr=lr, schedule="linear", max_grad_norm=NO_CLIPPING),
         num_steps=10,
         keep_reference=keep_reference,
+        steps_per_batch=steps_per_batch,
         precision=PrecisionConfig(dtype),
     )
 

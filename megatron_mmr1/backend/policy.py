@@ -61,6 +61,8 @@ class MegatronPolicy:
     Args:
         num_steps: optimizer steps of the whole run, for the learning-rate schedule.
         keep_reference: keep a frozen copy of the starting weights for the KL term.
+        steps_per_batch: optimizer steps whose log-probs are frozen before the first of them: of so
+            many, a frozen tower's features are kept.
 
     Attributes:
         chunks: this rank's model chunks (one without interleaving), unwrapped.
@@ -80,6 +82,7 @@ class MegatronPolicy:
         optimizer: OptimizerConfig,
         num_steps: int,
         keep_reference: bool = False,
+        steps_per_batch: int = 1,
         precision: PrecisionConfig = _FLOAT32,
     ) -> None:
         hf_config, files = read_config(model.path), HfWeights(model.path)
@@ -133,7 +136,8 @@ class MegatronPolicy:
             )
         self._state = ParkedState(self.model, self.optimizer)
         self._features: StepFeatures | None = None
-        self._frozen_features: tuple[object, StepFeatures] | None = None
+        self._steps_per_batch = steps_per_batch
+        self._frozen_features: list[tuple[object, StepFeatures]] = []
         self._reference = (
             [p.detach().clone() for p in self._parameters()] if keep_reference else None
         )
@@ -276,10 +280,13 @@ class MegatronPolicy:
                 return StepFeatures(
                     self._tower, step.images, trains=trains, recomputes=self._recomputes_vision
                 )
-            if self._frozen_features is None or self._frozen_features[0] is not step.images:
-                features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)
-                self._frozen_features = (step.images, features)
-            return self._frozen_features[1]
+            for images, features in self._frozen_features:
+                if images is step.images:
+                    return features
+            features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)
+            self._frozen_features.append((step.images, features))
+            del self._frozen_features[: -self._steps_per_batch]
+            return features
 
     def _finalize_gradients(
         self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any

@@ -97,6 +97,7 @@ def build_parts(
         config.optimizer,
         num_steps=config.num_steps * config.algorithm.optimizer_steps_per_batch,
         keep_reference=config.algorithm.kl_coefficient > 0,
+        steps_per_batch=config.algorithm.optimizer_steps_per_batch,
         precision=config.precision,
     )
     if config.rollout.takes_turns:
