@@ -101,6 +101,7 @@ def make_policy(
     freeze_vision: bool = False,
     keep_reference: bool = False,
     layout: ParallelConfig | None = None,
+    precision: PrecisionConfig | None = None,
 ) -> MegatronPolicy:
     """A fresh policy whose gradients are not clipped, so that they can be compared."""
     return MegatronPolicy(
@@ -109,7 +110,7 @@ def make_policy(
         OptimizerConfig(lr=lr, schedule="linear", max_grad_norm=NO_CLIPPING),
         num_steps=10,
         keep_reference=keep_reference,
-        precision=PrecisionConfig(dtype),
+        precision=precision or PrecisionConfig(dtype),
     )
 
 

@@ -143,7 +143,6 @@ def plant_in_shard(folder: Path, name: str, evil: RunsACommand) -> None:
         (plant_in_file, "rng_0.pt"),
         (plant_in_file, "megatron/common.pt"),  # of older Megatrons: read when it is there
         (plant_in_shard, "common_state"),
-        (plant_in_shard, "_extra_state"),
     ],
 )
 def test_no_other_file_of_a_checkpoint_can_run_code(

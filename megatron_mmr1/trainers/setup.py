@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_mmr1.backend import batching
+from megatron_mmr1.backend import batching, parallel
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
@@ -97,6 +97,8 @@ def build_parts(
         keep_reference=config.algorithm.kl_coefficient > 0,
         precision=config.precision,
     )
+    if parallel.is_main():
+        print(policy.adam)
     engine = engine or build_engine(config, processor)
     with (
         VerifierPool(config.reward, config.rollout.max_response_tokens) as verifier,
@@ -162,4 +164,5 @@ def build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngin
         processor.banned_token_ids,
         config.data.max_prompt_tokens,
         config.rollout.tp_size,
+        config.precision.kv_cache,
     )
