@@ -102,6 +102,7 @@ def make_policy(
     keep_reference: bool = False,
     steps_per_batch: int = 1,
     layout: ParallelConfig | None = None,
+    precision: PrecisionConfig | None = None,
 ) -> MegatronPolicy:
     """A fresh policy whose gradients are not clipped, so that they can be compared."""
     return MegatronPolicy(
@@ -111,7 +112,7 @@ def make_policy(
         num_steps=10,
         keep_reference=keep_reference,
         steps_per_batch=steps_per_batch,
-        precision=PrecisionConfig(dtype),
+        precision=precision or PrecisionConfig(dtype),
     )
 
 
