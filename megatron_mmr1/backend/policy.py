@@ -222,7 +222,7 @@ class MegatronPolicy:
         Returns:
             Bytes of the training device that are free now.
         """
-        self._frozen_features = None
+        self._frozen_features = []
         return self._state.park()
 
     def come_back(self) -> None:
