@@ -73,7 +73,7 @@ def _whole(name: str, scratch: Path, repeats: int, warmup: int) -> dict[str, Any
 
     digits(scratch)
     failures: dict[str, str] = {}
-    for generation in ("vllm", "vllm_mended", "transformers"):
+    for generation in ("vllm", "vllm_mended"):
         entrants = compare.whole_step_entrants(scratch, WHOLE_BATCH, generation)
         try:
             found = compare.compare(entrants, "step", repeats, warmup, scratch, _say)

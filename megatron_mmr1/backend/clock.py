@@ -69,10 +69,12 @@ class StepClock:
 
     def settle(self) -> None:
         """Read the marks; call it when the device has finished the step, as reading a loss does."""
+        if self._marks and device.has_gpu():
+            self._marks[-1][0].synchronize()  # on every pipeline stage, whoever reads the loss
         for (start, name), (end, _) in pairwise(self._marks):
             if name:
                 self._seconds[name] = self._seconds.get(name, 0.0) + _seconds(start, end)
-        self._marks = self._marks[-1:] if self._open else []
+        self._marks = []
 
     def pop(self) -> dict[str, float]:
         """Return {"time/PART_s": seconds} of the settled steps since the last pop."""

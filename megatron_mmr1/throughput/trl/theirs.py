@@ -2,10 +2,9 @@
 
 TRL's own GRPOTrainer, its loop and its optimizer. GENERATION is "recorded": replaced by the batch's
 responses, through the hook that TRL has for that (`rollout_func`); "vllm": its own, colocated;
-"vllm_mended": the same with another way of updating the engine's weights (`_mend_update`);
-"transformers": its own without an engine. TRL's defaults stand but for what makes the two sides
-alike: float32, no gradient checkpointing, AdamW's rate, one thread; and no response may hold vision
-tokens, with which its trainer fails.
+"vllm_mended": the same with another way of updating the engine's weights (`_mend_update`). TRL's
+defaults stand but for what makes the two sides alike: float32, no gradient checkpointing, AdamW's
+rate, one thread; and no response may hold vision tokens, with which its trainer fails.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def main(name: str, folder: str, batch_size: str, generation: str) -> None:
         """Knows how long making the batch took: in a real run, generation is there."""
 
         batch_s = batch_cpu_s = 0.0
-        num_tokens = 0
+        num_tokens = num_positions = 0
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             start, start_cpu = time.perf_counter(), time.process_time()
@@ -94,8 +93,6 @@ def main(name: str, folder: str, batch_size: str, generation: str) -> None:
             "vllm_max_model_length": 256,
             "generation_kwargs": {"logit_bias": dict.fromkeys(_vision_token_ids(), -100.0)},
         }
-    elif generation == "transformers":
-        own = {"generation_kwargs": {"suppress_tokens": _vision_token_ids()}}
     trainer = Trainer(
         model=str(case.model),
         reward_funcs=_reward_of(case),

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 _MARK = "@turn "  # what libraries print is not ours
 
@@ -82,8 +81,3 @@ class Side:
         self._process.wait()
         end = self._log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"a side ended with status {self._process.returncode}; {end}")
-
-
-def totals(values: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """Return one measure of all steps."""
-    return [float(value[key]) for value in values]
