@@ -94,7 +94,7 @@ doctor:
 # Two nodes made of network namespaces: launches, checks between nodes, a killed node, Slurm. Needs
 # root and iproute2; the part with Slurm also slurm-wlm and munge.
 rehearsal: $(STAMP)
-	$(BIN)/python -m pytest -s tests/test_nodes.py tests/test_rehearsal.py
+	$(BIN)/python -m pytest -s tests/test_nodes.py tests/test_slurm.py tests/test_rehearsal.py
 
 clean:
 	rm -rf data models outputs

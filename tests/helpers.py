@@ -100,7 +100,9 @@ def make_policy(
     dtype: str = "float32",
     freeze_vision: bool = False,
     keep_reference: bool = False,
+    steps_per_batch: int = 1,
     layout: ParallelConfig | None = None,
+    precision: PrecisionConfig | None = None,
 ) -> MegatronPolicy:
     """A fresh policy whose gradients are not clipped, so that they can be compared."""
     return MegatronPolicy(
@@ -109,7 +111,8 @@ def make_policy(
         OptimizerConfig(lr=lr, schedule="linear", max_grad_norm=NO_CLIPPING),
         num_steps=10,
         keep_reference=keep_reference,
-        precision=PrecisionConfig(dtype),
+        steps_per_batch=steps_per_batch,
+        precision=precision or PrecisionConfig(dtype),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import te_checks as checks
 import te_controls
+import te_parts
 from megatron.core import parallel_state
 from published import PUBLISHED, config_of, tensors_of_hugging_face
 from te_machine import num_ranks, played_rank
@@ -63,6 +64,8 @@ def main() -> None:
         kind = "qwen3_moe" if layout.ep_size > 1 else "qwen2_5_vl"
         case = lambda layout=layout, kind=kind: check_values(kind, layout)  # noqa: E731
         num_faults += _row(f"values: tiny {kind}", name, num_ranks(layout), case)
+    for name, part in te_parts.PARTS.items():
+        num_faults += _row(f"part: {name}", "", 1, part)
     for name, (control, words) in te_controls.CONTROLS.items():
         case = lambda control=control, words=words: _noticed(control, words)  # noqa: E731
         num_faults += _row(f"control: {name}", "", 1, case)
@@ -102,7 +105,7 @@ def _row(what: str, layout: str, ranks: int, case: Callable[[], str]) -> int:
     start = time.perf_counter()
     try:
         detail, outcome = case(), "ok"
-    except (AssertionError, ValueError) as fault:
+    except (AssertionError, ValueError, RuntimeError, AttributeError) as fault:
         detail, outcome = "", f"FAULT: {' '.join(str(fault).split())[:300]}"
     seconds = time.perf_counter() - start
     print(f"| {what} | {layout} | {ranks} | {detail} | {outcome} ({seconds:.0f} s) |", flush=True)

@@ -112,7 +112,7 @@ CONTROLS: dict[str, tuple[Callable[[], None], str]] = {
     "first and last layer not in bf16": (_first_and_last_layer_not_in_bf16, "layers in FP8: [0, "),
     "another recipe": (_another_recipe, "became Float8BlockScaling"),
     "another format": (_another_format, "E4M3"),
-    "local layers, which ignore FP8": (_local_layers_that_would_ignore_fp8, "ParallelLinear"),
+    "local layers, which ignore FP8": (_local_layers_that_would_ignore_fp8, "is a RmsNorm"),
     "Transformer Engine in the vision tower": (_fp8_in_the_vision_tower, "vision.merger.mlp.0"),
     "values in another order": (_values_in_another_order, "q_proj.weight came back changed"),
 }

@@ -17,10 +17,12 @@ from torch import Tensor
 from megatron_mmr1.backend import losses
 from megatron_mmr1.backend.layout import LocalView
 from megatron_mmr1.backend.policy import MegatronPolicy
+from megatron_mmr1.config.schema import RolloutConfig
 from megatron_mmr1.data.processor import PromptProcessor
 from megatron_mmr1.kernels.contract import SoftmaxRule
 from megatron_mmr1.kernels.head import OutputHead
 from megatron_mmr1.rollout.engine import RolloutEngine, Sampling
+from megatron_mmr1.rollout.vllm_engine import VllmEngine
 from megatron_mmr1.types import Prompt, RolloutGroup
 from megatron_mmr1.weight_sync import WeightSync
 
@@ -96,6 +98,21 @@ def test_engine_and_trainer_give_the_same_logprobs(
     # Negative controls: a trainer with another temperature, and one that forgets the bans.
     assert differences(policy, tiny_processor, groups, 1.6 - temperature).mean() > 0.01
     assert differences(policy, tiny_processor, groups, temperature, ()).mean() > 0.01
+
+
+def test_a_cache_in_fp8_moves_logprobs_a_little_and_says_by_how_much(
+    policy: MegatronPolicy,
+    tiny_model_dir: Any,
+    tiny_processor: PromptProcessor,
+    prompts: list[Prompt],
+):
+    """Keys and values are rounded to E4M3, a sixteenth at most; see precision.kv_cache."""
+    config = RolloutConfig(max_response_tokens=24, max_images_per_prompt=2, kv_cache_bytes=64 << 20)
+    banned = tiny_processor.banned_token_ids
+    engine = VllmEngine(str(tiny_model_dir), "float32", config, banned, 64, kv_cache="fp8")
+    WeightSync(policy, engine).push(version=0)
+    found = differences(policy, tiny_processor, generate(engine, prompts))
+    assert MEAN_TOLERANCE < found.mean() < 0.1
 
 
 def test_prompts_wait_until_there_is_room_for_their_pixels(

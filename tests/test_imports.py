@@ -33,6 +33,7 @@ ARROWS = {
     "parity": BASE | {"algorithms", "backend", "convert", "data", "device", "kernels"},
     "trainers": EVERYTHING,
     "bakeoff": EVERYTHING,
+    "throughput": EVERYTHING,  # measures whole steps
     "cli": {"config"},
     "train": EVERYTHING,
     "sft": EVERYTHING,

@@ -68,22 +68,33 @@ def _sweep(options: argparse.Namespace, scratch: Path) -> None:
     points = points_of(
         options.layout, options.processes, options.weak, options.strong, config.prompts_per_step
     )
-    command = [__file__, "--steps", str(options.steps), "--warmup", str(options.warmup)]
-    command += ["--fixed", *map(str, options.fixed)] if options.fixed else []
-    command += ["--image", *map(str, options.image)] if options.image else []
+    largest = max([1, *options.weak]) // min([1, *options.weak])
+    num_prompts = largest * config.prompts_per_step
+    settings = [*options.settings, *_fixed_lengths(options, config, num_prompts, scratch)]
+    command = [__file__, "--steps", str(options.steps), "--warmup", str(options.warmup), *settings]
+
+    def refusal(point: Point) -> str:
+        """What is refused needs no launch."""
+        try:
+            found = load_config(GrpoConfig, "experiment", [*settings, *point.overrides])
+            validate(found, point.processes)
+        except ValueError as error:
+            return " ".join(str(error).split())
+        return ""
+
     environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
-    entries = run_points(points, [*command, *options.settings], scratch, _say, environment)
+    entries = run_points(points, command, scratch, _say, environment, refusal)
     _write(options, config.experiment, entries)
 
 
 def _measure_here(options: argparse.Namespace, scratch: Path) -> None:
     """Measure in this process, and in torchrun's others; rank 0 writes."""
     config = load_config(GrpoConfig, "experiment", options.settings)
+    # Every rank writes the same file for itself: no folder need be shared.
+    fixed = _fixed_lengths(options, config, config.prompts_per_step, scratch)
+    config = load_config(GrpoConfig, "experiment", [*options.settings, *fixed])
     config = dataclasses.replace(config, run="throughput", resume="never", replay=None)
     world_size, is_main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    if options.fixed:
-        # Every rank writes the same file for itself: no folder need be shared.
-        config = _with_fixed_lengths(config, options, scratch)
     validate(config, world_size)
     if is_main:
         _say("loading Megatron-Core and vLLM takes a moment")
@@ -109,30 +120,29 @@ def _measure_here(options: argparse.Namespace, scratch: Path) -> None:
     parallel.finalize()
 
 
-def _with_fixed_lengths(
-    config: GrpoConfig, options: argparse.Namespace, scratch: Path
-) -> GrpoConfig:
+def _fixed_lengths(
+    options: argparse.Namespace, config: GrpoConfig, num_prompts: int, scratch: Path
+) -> list[str]:
+    """Write the prompts that --fixed asks for; return the settings that train on them."""
+    if not options.fixed:
+        return []
     from megatron_mmr1.data.processor import PromptProcessor
     from megatron_mmr1.throughput.lengths import write_prompts
 
     num_prompt_tokens, num_response_tokens = options.fixed
     if min(options.fixed) < 1:
-        raise ValueError(
-            f"--fixed {num_prompt_tokens} {num_response_tokens}: give positive numbers"
-        )
+        raise ValueError(f"--fixed {num_prompt_tokens} {num_response_tokens}: give numbers above 0")
     path = scratch / "fixed.parquet"
-    processor = PromptProcessor(config.model.path)
     image = tuple(options.image) if options.image else None
-    write_prompts(path, processor, config.prompts_per_step, num_prompt_tokens, image)
-    data = dataclasses.replace(
-        config.data, train=str(path), heldout=str(path), max_prompt_tokens=num_prompt_tokens,
-        problem_key="problem", answer_key="answer", images_key="images", system_prompt="",
-        min_pixels=0,
-    )  # fmt: skip
-    rollout = dataclasses.replace(
-        config.rollout, max_response_tokens=num_response_tokens, ignore_end=True
-    )
-    return dataclasses.replace(config, data=data, rollout=rollout)
+    processor = PromptProcessor(config.model.path)
+    write_prompts(path, processor, num_prompts, num_prompt_tokens, image)
+    data = {"train": path, "heldout": path, "max_prompt_tokens": num_prompt_tokens,
+            "problem_key": "problem", "answer_key": "answer", "images_key": "images",
+            "system_prompt": "''", "min_pixels": 0}  # fmt: skip
+    return [f"data.{key}={value}" for key, value in data.items()] + [
+        f"rollout.max_response_tokens={num_response_tokens}",
+        "rollout.ignore_end=true",
+    ]
 
 
 def _write(options: argparse.Namespace, experiment: str, entries: list[dict[str, Any]]) -> None:

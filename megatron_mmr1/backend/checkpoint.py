@@ -8,6 +8,10 @@
                            rank 0's
     step_N/config.yaml     the resolved configuration, copied from the run folder
 
+Layers' extra states are not kept. Transformer Engine has them for more layers than Megatron's local
+ones have, so that a checkpoint of one could not be loaded with the other; and what they hold, the
+scales of FP8 with recipe "delayed", is pickled. After a resume these scales start anew.
+
 Security: every file is read with weights_only; Megatron's `.metadata`, which is a pickle, only
 after an unpickler that knows an allow-list of harmless classes has gone through it
 (convert/torch_dist.py).
@@ -33,6 +37,7 @@ from megatron_mmr1.backend.policy import MegatronPolicy
 from megatron_mmr1.convert.torch_dist import read_metadata
 
 _BEST = "best.txt"
+_EXTRA_STATE = "_extra_state"
 # Whole optimizer states, gathered over data-parallel ranks: the only sharding of Megatron-Core
 # 0.19.2 that loads at another tensor- or pipeline-parallel layout.
 _RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -110,9 +115,11 @@ class Checkpoints:
             }
             state: Any = dist_checkpointing.load(wanted, str(folder / "megatron"))
             for name, chunk in zip(weights, policy.chunks, strict=True):
-                chunk.load_state_dict(state[name])
+                none = {key: None for key in chunk.state_dict() if key.endswith(_EXTRA_STATE)}
+                chunk.load_state_dict({**state[name], **none})
             policy.optimizer.load_state_dict(state["optimizer"])
             policy.schedule.load_state_dict(state["schedule"])
+            policy.follow_optimizer()
         same_ranks = len(list(folder.glob("rng_*.pt"))) == dist.get_world_size()
         rng_file = folder / f"rng_{dist.get_rank() if same_ranks else 0}.pt"
         _restore_rng_state(torch.load(rng_file, weights_only=True))
@@ -133,7 +140,14 @@ class Checkpoints:
 
 def _weights(policy: MegatronPolicy) -> dict[str, Any]:
     """One entry a model chunk; a tensor's key inside is the same at every layout."""
-    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
+    return {
+        f"model{index}": {
+            key: entry
+            for key, entry in chunk.sharded_state_dict().items()
+            if not key.endswith(_EXTRA_STATE)
+        }
+        for index, chunk in enumerate(policy.chunks)
+    }
 
 
 @contextmanager

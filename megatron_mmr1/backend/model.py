@@ -45,7 +45,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def transformer_config(
-    hf_config: Any, parallel: ParallelConfig, precision: PrecisionConfig
+    hf_config: Any,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    fuses_accumulation: bool = False,
 ) -> TransformerConfig:
     """Build Megatron's TransformerConfig; sets only what we use.
 
@@ -60,6 +63,9 @@ def transformer_config(
     Their tokens are sent to them: Megatron's default gathers all tokens everywhere, and wants the
     same number of every rank. No loss balances them: RL keeps the router that it was given. The
     router computes in float32.
+
+    Args:
+        fuses_accumulation: see adam.Found.
 
     Raises:
         ValueError: the model has a part that we don't (see `_refuse_other_parts`).
@@ -86,7 +92,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_accumulation,
         persist_layer_norm=False,
         add_bias_linear=False,
         add_qkv_bias=family.has_qkv_bias,

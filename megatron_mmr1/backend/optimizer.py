@@ -18,6 +18,7 @@ def build_optimizer(
     num_steps: int,
     model: list[Any],
     dtype: torch.dtype,
+    fp8_recipe: str | None = None,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Build AdamW over the trainable parameters and its schedule over `num_steps` optimizer steps.
 
@@ -36,6 +37,7 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            fp8_recipe=fp8_recipe,
         ),
         model,
     )
@@ -55,6 +57,17 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, schedule
+
+
+def write_weights(optimizer: Any, model: list[Any]) -> None:
+    """Write the optimizer's float32 weights into the model's, in its format, as a step does.
+
+    Parallelism: each data-parallel rank has its share; they are gathered.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part._copy_main_params_to_model_params()
+    for chunk in model:
+        chunk.start_param_sync()
 
 
 def _make_adam_state(optimizer: Any) -> None:

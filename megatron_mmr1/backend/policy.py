@@ -28,12 +28,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_mmr1 import device
-from megatron_mmr1.backend import losses, parallel
+from megatron_mmr1.backend import adam, losses, parallel
 from megatron_mmr1.backend.clock import StepClock
 from megatron_mmr1.backend.cost import StepCost
 from megatron_mmr1.backend.layout import LocalView, local_view
 from megatron_mmr1.backend.model import PolicyStage, transformer_config
-from megatron_mmr1.backend.optimizer import build_optimizer
+from megatron_mmr1.backend.optimizer import build_optimizer, write_weights
 from megatron_mmr1.backend.parking import ParkedState
 from megatron_mmr1.backend.precision import check_machine
 from megatron_mmr1.backend.rotary import max_positions
@@ -61,8 +61,11 @@ class MegatronPolicy:
     Args:
         num_steps: optimizer steps of the whole run, for the learning-rate schedule.
         keep_reference: keep a frozen copy of the starting weights for the KL term.
+        steps_per_batch: optimizer steps whose log-probs are frozen before the first of them: of so
+            many, a frozen tower's features are kept.
 
     Attributes:
+        adam: whose optimizer it is.
         chunks: this rank's model chunks (one without interleaving), unwrapped.
         cost: what samples cost in FLOPs, to balance them.
         clock: how long the parts of the train steps and log-prob passes took.
@@ -80,6 +83,7 @@ class MegatronPolicy:
         optimizer: OptimizerConfig,
         num_steps: int,
         keep_reference: bool = False,
+        steps_per_batch: int = 1,
         precision: PrecisionConfig = _FLOAT32,
     ) -> None:
         hf_config, files = read_config(model.path), HfWeights(model.path)
@@ -92,12 +96,18 @@ class MegatronPolicy:
         full = parallel_config.recompute == "full"
         self._recomputes_vision = full or parallel_config.recompute_vision
         self._kernels = model.kernels
+        self._keeps_fp8 = precision.fp8_params
         form_of(model.kernels, device.device())
         self._max_positions = max_positions(text)
         is_interleaved = parallel_config.vpp_size > 1
         check_machine(precision)
+        self.adam = adam.find(optimizer)
+        if self.adam.fuses_accumulation:
+            adam.let_output_layer_be_built()
         with device.seam():
-            config = transformer_config(hf_config, parallel_config, precision)
+            config = transformer_config(
+                hf_config, parallel_config, precision, self.adam.fuses_accumulation
+            )
             # Autograd hooks that the garbage collector can't see keep the config. It must hold the
             # policy weakly: else each policy, and its process groups' threads, lives as long as the
             # process.
@@ -129,11 +139,16 @@ class MegatronPolicy:
                 DistributedDataParallel(config, ddp_config, chunk) for chunk in self.chunks
             ]
             self.optimizer, self.schedule = build_optimizer(
-                optimizer, num_steps, self.model, config.params_dtype
+                optimizer,
+                num_steps,
+                self.model,
+                config.params_dtype,
+                None if precision.fp8 == "off" else precision.recipe,
             )
         self._state = ParkedState(self.model, self.optimizer)
         self._features: StepFeatures | None = None
-        self._frozen_features: tuple[object, StepFeatures] | None = None
+        self._steps_per_batch = steps_per_batch
+        self._frozen_features: list[tuple[object, StepFeatures]] = []
         self._reference = (
             [p.detach().clone() for p in self._parameters()] if keep_reference else None
         )
@@ -276,10 +291,13 @@ class MegatronPolicy:
                 return StepFeatures(
                     self._tower, step.images, trains=trains, recomputes=self._recomputes_vision
                 )
-            if self._frozen_features is None or self._frozen_features[0] is not step.images:
-                features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)
-                self._frozen_features = (step.images, features)
-            return self._frozen_features[1]
+            for images, features in self._frozen_features:
+                if images is step.images:
+                    return features
+            features = StepFeatures(self._tower, step.images, trains=False, recomputes=False)
+            self._frozen_features.append((step.images, features))
+            del self._frozen_features[: -self._steps_per_batch]
+            return features
 
     def _finalize_gradients(
         self, model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any
@@ -294,6 +312,18 @@ class MegatronPolicy:
         with self.clock.part("gradient_sync"):
             finalize_model_grads(model, None, **kwargs)
 
+    def follow_optimizer(self) -> None:
+        """Make weights that are kept in FP8 of the optimizer's float32 ones, as its step does.
+
+        Those of a checkpoint have been rounded, and so have those that were put aside and back:
+        rounded once more, they might be others. In other formats nothing is rounded twice.
+
+        Parallelism: gathers the weights over data-parallel ranks.
+        """
+        if self._keeps_fp8:
+            with device.seam():
+                write_weights(self.optimizer, self.model)
+
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         return (parameter for chunk in self.chunks for parameter in chunk.parameters())
 
@@ -306,6 +336,7 @@ class MegatronPolicy:
             yield
         finally:
             self._copy_in(current)
+            self.follow_optimizer()
 
     @torch.no_grad()
     def _copy_in(self, tensors: Sequence[Tensor]) -> None:

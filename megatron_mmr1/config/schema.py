@@ -36,7 +36,9 @@ class PrecisionConfig:
     recipe: str = "tensorwise"  # how FP8 is scaled: delayed | tensorwise | blockwise
     first_last_bf16: bool = False  # the decoder's first and last layer stay in bfloat16
     fp8_params: bool = False  # layers keep their weights in FP8; the optimizer's stay in float32
-    kv_cache: str = "auto"  # of rollouts: auto (as dtype) | fp8
+    # Of rollouts: auto (as dtype) | fp8, which moves their log-probs away from the trainer's:
+    # rollout.max_logprob_diff must allow it, and algorithm.tis_cap corrects for it.
+    kv_cache: str = "auto"
 
 
 @dataclass

@@ -24,6 +24,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from transformers import AutoConfig, BatchFeature
 from vllm import LLM, SamplingParams
+from vllm.config.cache import CacheDType
 from vllm.config.model import ModelDType
 from vllm.inputs.engine import MultiModalInput, TokensInput, mm_input, tokens_input
 from vllm.model_executor.models.qwen2_vl import _create_qwen2vl_field_factory
@@ -55,6 +56,8 @@ class VllmEngine:
         model: a Hugging Face folder.
         banned_token_ids: never sampled (vision tokens: the trainer would take them for images).
         max_prompt_tokens: the longest prompt that will come.
+        kv_cache: auto (as dtype) | fp8 (E4M3, without a scale): half the bytes of bfloat16, and
+            log-probs that are off by as much as the rounding makes them; see precision.kv_cache.
         tp_size: so many consecutive ranks of torchrun form one engine, whatever layout the policy
             has. All of them must make the same calls, read `generate` to its end, and get the same
             results.
@@ -77,6 +80,7 @@ class VllmEngine:
         max_prompt_tokens: int,
         tp_size: int = 1,
         sleeps: bool = False,
+        kv_cache: str = "auto",
     ) -> None:
         hf_config = AutoConfig.from_pretrained(
             model, local_files_only=True, trust_remote_code=False
@@ -106,6 +110,7 @@ class VllmEngine:
                 enable_chunked_prefill=on_gpu,
                 max_num_batched_tokens=max(_MAX_BATCHED_TOKENS, max_model_len),
                 enable_sleep_mode=sleeps and on_gpu,
+                kv_cache_dtype=cast(CacheDType, kv_cache),
                 block_size=_BLOCK_SIZE,
                 max_model_len=max_model_len,
                 limit_mm_per_prompt={"image": config.max_images_per_prompt, "video": 0},

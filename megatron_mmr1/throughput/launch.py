@@ -74,16 +74,22 @@ def run_points(
     folder: Path,
     say: Callable[[str], None],
     environment: dict[str, str],
+    refusal: Callable[[Point], str],
 ) -> list[dict[str, Any]]:
     """Launch one after the other; return an entry each, in their order.
 
     Args:
         command: script and arguments, which takes `--record FILE` and further overrides.
         folder: for the launches' logs and records; must exist.
+        refusal: why a point need not be launched; "" = it may.
     """
     entries = []
     for number, point in enumerate(points, 1):
         say(f"[{number}/{len(points)}] {point.label}, {point.processes} process(es)")
+        if why := refusal(point):
+            entries.append(asdict(point) | {"error": why})
+            say(f"  {why}")
+            continue
         start = time.monotonic()
         record, log = folder / f"point_{number}.json", folder / f"point_{number}.log"
         record.unlink(missing_ok=True)
@@ -103,8 +109,10 @@ def reason(log: str, status: int) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     refusals = [line for line in lines if line.startswith("error: ")]
     errors = [line for line in lines if "Error" in line]
-    found = refusals or errors[-1:] or lines[-1:] or ["it said nothing"]
-    return f"{found[0].removeprefix('error: ')} (exit status {status})"
+    if refusals:
+        return refusals[0].removeprefix("error: ")
+    found = errors[-1:] or lines[-1:] or ["it said nothing"]
+    return f"{found[0]} (exit status {status})"
 
 
 def _launch(

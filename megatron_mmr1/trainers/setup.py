@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_mmr1.backend import batching
+from megatron_mmr1.backend import batching, parallel
 from megatron_mmr1.backend.checkpoint import Checkpoints
 from megatron_mmr1.backend.plan import Packing
 from megatron_mmr1.backend.policy import MegatronPolicy
@@ -97,8 +97,11 @@ def build_parts(
         config.optimizer,
         num_steps=config.num_steps * config.algorithm.optimizer_steps_per_batch,
         keep_reference=config.algorithm.kl_coefficient > 0,
+        steps_per_batch=config.algorithm.optimizer_steps_per_batch,
         precision=config.precision,
     )
+    if parallel.is_main():
+        print(policy.adam)
     if config.rollout.takes_turns:
         policy.step_aside()  # before the engine looks how much room there is
     engine = engine or build_engine(config, processor)
@@ -168,5 +171,6 @@ def build_engine(config: GrpoConfig, processor: PromptProcessor) -> RolloutEngin
         processor.banned_token_ids,
         config.data.max_prompt_tokens,
         config.rollout.tp_size,
-        sleeps=config.rollout.takes_turns,
+        config.rollout.takes_turns,
+        config.precision.kv_cache,
     )

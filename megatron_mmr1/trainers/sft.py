@@ -48,6 +48,8 @@ def train(config: SftConfig, run_dir: Path) -> Path:
     policy = MegatronPolicy(
         config.model, config.parallel, config.optimizer, num_steps, precision=config.precision
     )
+    if parallel.is_main():
+        print(policy.adam)
     builder = batching.StepBuilder(
         Packing.at(config.parallel, limit, config.precision),
         policy.cost,

@@ -80,7 +80,8 @@ def main(name: str, folder: str, batch_size: str, generation: str) -> None:
                 "positions": trainer.num_positions,
             }
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logs = kwargs["logs"]
             if "grad_norm" in logs:
                 found = {key: float(logs[key]) for key in ("loss", "grad_norm")}
                 turn.report(self.measured | found)
