@@ -95,7 +95,7 @@ def _measure_here(options: argparse.Namespace, scratch: Path) -> None:
     config = load_config(GrpoConfig, "experiment", [*options.settings, *fixed])
     config = dataclasses.replace(config, run="throughput", resume="never", replay=None)
     world_size, is_main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    validate(config, world_size)
+    validate(config, world_size, int(os.environ.get("GROUP_WORLD_SIZE", "1")))
     if is_main:
         _say("loading Megatron-Core and vLLM takes a moment")
 
