@@ -103,12 +103,15 @@ def make_policy(
     steps_per_batch: int = 1,
     layout: ParallelConfig | None = None,
     precision: PrecisionConfig | None = None,
+    cpu_offload: float = 0.0,
 ) -> MegatronPolicy:
     """A fresh policy whose gradients are not clipped, so that they can be compared."""
     return MegatronPolicy(
         ModelConfig(path=str(folder), freeze_vision=freeze_vision),
         layout or ParallelConfig(),
-        OptimizerConfig(lr=lr, schedule="linear", max_grad_norm=NO_CLIPPING),
+        OptimizerConfig(
+            lr=lr, schedule="linear", max_grad_norm=NO_CLIPPING, cpu_offload=cpu_offload
+        ),
         num_steps=10,
         keep_reference=keep_reference,
         steps_per_batch=steps_per_batch,

@@ -245,6 +245,13 @@ GRPO_FAULTS = [
     ),
     ("parallel.ep_size=2", "parallel.ep_size=2 ", "use 1"),
     ("parallel.recompute=some", "parallel.recompute='some' ", "none or selective or full"),
+    ("optimizer.cpu_offload=1.5", "optimizer.cpu_offload=1.5 ", "use 0 to 1"),
+    (
+        "optimizer.implementation=adamw",
+        "optimizer.implementation='adamw' ",
+        "auto or torch or transformer_engine or apex",
+    ),
+    ("optimizer.fused_accumulation=yes", "optimizer.fused_accumulation='", "auto or on or off"),
     ("rollout.tp_size=2", "rollout.tp_size=2 ", "use 1"),
     ("rollout.tp_size=0", "rollout.tp_size=0 ", "use 1 or more"),
     ("rollout.kv_cache_bytes=-1", "rollout.kv_cache_bytes=-1 ", "use 0 or more"),

@@ -12,7 +12,12 @@ from megatron_mmr1.backend.packing import StepCost
 from megatron_mmr1.backend.plan import Packing, SampleSize, padded_lengths, plan_step
 from megatron_mmr1.config import precision as checks
 from megatron_mmr1.config.layout import ModelSizes, check_max_tokens, total_multiple
-from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig, SftConfig
+from megatron_mmr1.config.schema import (
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    SftConfig,
+)
 
 FP8 = PrecisionConfig("bfloat16", "hybrid")
 PRESETS = sorted(path.stem for path in (cli.CONF_DIR / "precision").iterdir())
@@ -160,3 +165,19 @@ def test_fp8_asks_for_sizes_in_sixteens():
     experts = ModelSizes(32, 4, 48, 6144, 0, 128, expert_size=776)
     with pytest.raises(ValueError, match="moe_intermediate_size is 776; use off"):
         checks.check_fp8_sizes(FP8, ParallelConfig(), experts)
+
+
+@pytest.mark.parametrize(
+    ("precision", "resume", "words"),
+    [
+        (replace(FP8, fp8_params=True), "never", "use fp8_params=false, or cpu_offload=0"),
+        (PrecisionConfig("bfloat16"), "auto", "or resume=never"),
+    ],
+)
+def test_states_on_the_cpu_are_refused_with_what_they_cannot_do(precision, resume: str, words: str):
+    optimizer = OptimizerConfig(lr=1e-3, cpu_offload=0.5)
+    with pytest.raises(ValueError, match=r"^optimizer\.cpu_offload=0\.5 with ") as caught:
+        checks.check_offload(optimizer, precision, resume)
+    assert words in str(caught.value)
+    checks.check_offload(optimizer, PrecisionConfig("bfloat16"), "never")
+    checks.check_offload(replace(optimizer, cpu_offload=0.0), precision, resume)

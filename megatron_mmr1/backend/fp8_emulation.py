@@ -40,10 +40,12 @@ class Fp8Emulation:
     Attributes:
         fp8: hybrid | e4m3, as in `precision.fp8`.
         recipe: as in `precision.recipe`.
+        parts: what is rounded; the rest keeps its dtype.
     """
 
     fp8: str = "hybrid"
     recipe: str = "tensorwise"
+    parts: tuple[str, ...] = ("input", "weight", "gradient")
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -138,6 +140,8 @@ def _rounded(
     They differ in the blockwise recipe alone, whose blocks lie along the sum: 128 values of an
     activation or a gradient; a weight's blocks are 128 x 128.
     """
+    if what not in emulation.parts:
+        return values.float(), values.float()
     if emulation.recipe == "blockwise":
         blocks = [(BLOCK, BLOCK)] if what == "weight" else [(1, BLOCK), (BLOCK, 1)]
         both = [round_to_fp8(values, dtype, block_scales(values, dtype, b)) for b in blocks]

@@ -38,6 +38,7 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=True,
             fp8_recipe=fp8_recipe,
+            **_offload_settings(config.cpu_offload),
         ),
         model,
     )
@@ -57,6 +58,22 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, schedule
+
+
+def _offload_settings(share: float) -> dict[str, Any]:
+    """Return what keeps a share of the float32 weights and moments on the CPU, stepped there.
+
+    Megatron's optimizer for it keeps the float32 weights itself, which it does only where it is
+    told that moments may have a dtype of their own ("precision aware"); ours stay float32.
+    """
+    if share == 0:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": share,
+        "use_precision_aware_optimizer": True,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }
 
 
 def write_weights(optimizer: Any, model: list[Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from megatron_mmr1.config.layout import ModelSizes
-from megatron_mmr1.config.schema import ParallelConfig, PrecisionConfig
+from megatron_mmr1.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 
 DTYPES = ("float32", "bfloat16")
 FP8 = ("off", "hybrid", "e4m3")
@@ -88,4 +88,25 @@ def check_fp8_sizes(config: PrecisionConfig, parallel: ParallelConfig, sizes: Mo
             f"precision.fp8={config.fp8!r} needs parts of {_FP8_SIDE}, and intermediate_size="
             f"{sizes.intermediate_size} over parallel.tp_size={parallel.tp_size} is {part}; use "
             "off, or lower parallel.tp_size"
+        )
+
+
+def check_offload(optimizer: OptimizerConfig, precision: PrecisionConfig, resume: str) -> None:
+    """Refuse optimizer states on the CPU together with what Megatron's optimizer for it can't do.
+
+    Raises:
+        ValueError: names the keys, their values and a remedy.
+    """
+    if optimizer.cpu_offload == 0:
+        return
+    asked = f"optimizer.cpu_offload={optimizer.cpu_offload!r}"
+    if precision.fp8_params:
+        raise ValueError(
+            f"{asked} with precision.fp8_params=True: the optimizer that steps on the CPU takes no "
+            "weights in FP8; use fp8_params=false, or cpu_offload=0"
+        )
+    if resume == "auto":
+        raise ValueError(
+            f"{asked} with resume='auto': loading its states has not been shown to be exact; use "
+            "cpu_offload=0 to go on from a checkpoint, or resume=never"
         )

@@ -21,7 +21,7 @@ from megatron_mmr1.config.layout import (
     replica_size,
 )
 from megatron_mmr1.config.model_folder import check_model_folder, is_megatron_checkpoint
-from megatron_mmr1.config.precision import DTYPES, check_fp8_sizes, check_precision
+from megatron_mmr1.config.precision import DTYPES, check_fp8_sizes, check_offload, check_precision
 from megatron_mmr1.config.run_dir import check_folder_name
 from megatron_mmr1.config.schema import (
     AlgorithmConfig,
@@ -69,6 +69,7 @@ def validate(config: GrpoConfig, world_size: int, num_nodes: int = 1) -> None:
     _at_least("num_steps", config.num_steps, 1)
     _check_model(config.model)
     check_precision(config.precision, has_rollouts=True)
+    check_offload(config.optimizer, config.precision, config.resume)
     _check_sampler(config.sampler)
     _at_least("max_responses", config.max_responses, 0)
     _require(
@@ -137,6 +138,7 @@ def validate_sft(config: SftConfig, world_size: int, num_nodes: int = 1) -> None
     _at_least("global_batch_size", config.global_batch_size, 1)
     _check_model(config.model)
     check_precision(config.precision)
+    check_offload(config.optimizer, config.precision, config.resume)
     _check_optimizer(config.optimizer)
     check_source("data", config.data)
     if config.validation is not None:

@@ -14,15 +14,18 @@ from pathlib import Path
 import torch
 
 from megatron_mmr1 import device
-from megatron_mmr1.bakeoff.formats.runs import ARMS, config_of, result_path
+from megatron_mmr1.bakeoff.formats.runs import ARMS, Arm, config_of, result_path
 
+# Which of the roundings it is; beside the arms that are trained.
+_FORWARD, _BACKWARD = "FP8 tensorwise, forward alone", "FP8 tensorwise, backward alone"
+_PARTS = {_FORWARD: ("input", "weight"), _BACKWARD: ("gradient",)}
 type _Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 # Passes before the measured one: the delayed recipe scales by earlier products.
 _WARM_UP_STEPS = 4
 
 
 def measure(folder: Path, cold_starts: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
-    """Return, for each arm but float32, each seed's errors.
+    """Return, for each arm but float32, and for parts of one, each seed's errors.
 
     `logprob/...`: |log-prob - float32's| of the sampled response tokens. `gradient/relative`: norm
     of the difference over the norm, all parameters together; `gradient/cosine`. `decoder/...`
@@ -32,7 +35,9 @@ def measure(folder: Path, cold_starts: Sequence[Path]) -> dict[str, list[dict[st
     from megatron_mmr1.backend import parallel
 
     parallel.initialize(config_of("float32", 0, cold_starts[0]).parallel, 0)
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS if arm != "float32"}
+    found: dict[str, list[dict[str, float]]] = {
+        arm: [] for arm in (*ARMS, *_PARTS) if arm != "float32"
+    }
     for seed, cold_start in enumerate(cold_starts):
         outcomes = _outcomes(folder, seed, cold_start)
         for arm, rows in found.items():
@@ -61,7 +66,8 @@ def _outcomes(folder: Path, seed: int, cold_start: Path) -> dict[str, _Outcome]:
         groups = collect(config, parts, _training_sampling(config, 1)).groups
         step, _ = _build(groups, parts)
         still = replace(config.optimizer, lr=1e-30, weight_decay=0.0, max_grad_norm=1e9)
-        for name, arm in ARMS.items():
+        for name in (*ARMS, *_PARTS):
+            arm = ARMS[name] if name in ARMS else Arm("bfloat16", "tensorwise")
             policy = MegatronPolicy(
                 config.model,
                 config.parallel,
@@ -69,7 +75,10 @@ def _outcomes(folder: Path, seed: int, cold_start: Path) -> dict[str, _Outcome]:
                 num_steps=_WARM_UP_STEPS + 1,
                 precision=replace(config.precision, dtype=arm.dtype),
             )
-            emulated = decoder_in_fp8(Fp8Emulation("hybrid", arm.recipe)) if arm.recipe else None
+            emulated = None
+            if arm.recipe:
+                parts_rounded = _PARTS.get(name, Fp8Emulation().parts)
+                emulated = decoder_in_fp8(Fp8Emulation("hybrid", arm.recipe, parts_rounded))
             with emulated or nullcontext():
                 for _ in range(_WARM_UP_STEPS + 1):
                     policy.train_step(step, losses.grpo(config.algorithm), parts.rule)

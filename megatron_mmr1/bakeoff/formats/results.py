@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mmr1.bakeoff.formats.runs import ARMS, EVALUATED_EVERY, NUM_STEPS, read_rows
-from megatron_mmr1.bakeoff.intervals import difference, mean_interval, points
+from megatron_mmr1.bakeoff.intervals import Interval, difference, mean_interval, points
 from megatron_mmr1.observability import template
 from megatron_mmr1.observability.plots import Series, line_chart
 
@@ -43,6 +43,12 @@ Made by `python tools/study_fp8.py`; raw numbers in `study.json`.
 """
 
 
+_FORWARD_NOTE = """
+The last two rows round one direction alone: they say which of the roundings an error comes from.
+Most tokens have a probability near 1 here, so that the gradient rests on a few unlikely ones.
+"""
+
+
 def write(
     out: Path, folder: Path, errors: Mapping[str, Sequence[Mapping[str, float]]], num_seeds: int
 ) -> None:
@@ -70,9 +76,11 @@ def markdown(study: Mapping[str, Any]) -> str:
     return (
         f"# {TITLE}\n{_NOTES}\n"
         "## Errors at equal weights on equal responses, against float32\n\n"
-        f"Mean over {study['num_seeds']} cold starts; the responses of each one's first step.\n\n"
+        f"Mean over {len(study['errors']['bfloat16'])} cold starts; the responses of each one's "
+        "first step.\n\n"
         f"{_table(('format', *_ERRORS.values()), _error_rows(study))}\n"
-        "## Learning\n\n"
+        f"{_FORWARD_NOTE}\n"
+        f"## Learning: {study['num_seeds']} seed{'s' * (study['num_seeds'] > 1)}\n\n"
         f"{_table(_LEARNING, _learning_rows(study))}\n"
         f"{_verdict(study)}\n"
     )
@@ -104,19 +112,26 @@ def _learning_rows(study: Mapping[str, Any]) -> list[tuple[str, ...]]:
             (
                 arm,
                 points(mean_interval(accuracy)),
-                "-" if is_base else difference(mean_interval(accuracy - base_accuracy)),
-                f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]",
-                "-" if is_base else _plain_difference(reward - base_reward),
+                "-" if is_base else _in_points(mean_interval(accuracy - base_accuracy)),
+                _plain(mean, "{:.3f}"),
+                "-" if is_base else _plain(mean_interval(reward - base_reward), "{:+.3f}"),
                 f"{apart.mean():.2e}",
             )
         )
     return rows
 
 
-def _plain_difference(values: np.ndarray) -> str:
-    interval = mean_interval(values)
-    null = " (null)" * interval.is_null
-    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]{null}"
+def _in_points(interval: Interval) -> str:
+    """A single seed has no interval, and proves nothing."""
+    return points(interval, is_signed=True) if np.isnan(interval.low) else difference(interval)
+
+
+def _plain(interval: Interval, form: str) -> str:
+    value, low, high = (form.format(x) for x in interval)
+    if np.isnan(interval.low):
+        return value
+    is_difference = "+" in form
+    return f"{value} [{low}, {high}]{' (null)' * (is_difference and interval.is_null)}"
 
 
 def _ends(study: Mapping[str, Any], arm: str, name: str, last: int) -> np.ndarray:
@@ -126,6 +141,8 @@ def _ends(study: Mapping[str, Any], arm: str, name: str, last: int) -> np.ndarra
 
 
 def _verdict(study: Mapping[str, Any]) -> str:
+    if study["num_seeds"] < 2:
+        return "One seed so far: no interval, and nothing to conclude about learning."
     base = _ends(study, "bfloat16", CURVES[0], 1)
     differing = [
         arm
