@@ -56,8 +56,8 @@ def test_each_node_gets_its_command_and_the_signal_puts_the_job_back(
         ours = f"-m megatron_mmr1.train run=slurm_{job} resume=auto experiment=any run=any"
         assert line.endswith(ours)
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: cluster.job(job, "Restarts") == "1")
-    assert cluster.job(job, "JobState") == "PENDING"
+    wait_for(lambda: cluster.job(job, "JobState") == "PENDING")  # after COMPLETING
+    assert cluster.job(job, "Restarts") == "1"
     assert "the time limit is near: into the queue again" in log.read_text()
     cluster.ask("scancel", job)
 
