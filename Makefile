@@ -68,7 +68,7 @@ te-check: | .uv/bin/uv
 
 # What can be measured on a CPU: packing and balance; the sampler; the verifier; the memory of the output layer (5 GB); the
 # converters against plain copies (6 GB of disk); the memory that large images take; a step's throughput, and beside TRL's.
-bench: $(STAMP) demo
+bench: $(STAMP)
 	$(BIN)/python tools/measure_packing.py
 	$(BIN)/python tools/measure_sampling.py
 	$(BIN)/python tools/measure_diversity.py
@@ -76,6 +76,7 @@ bench: $(STAMP) demo
 	$(BIN)/python tools/measure_head_memory.py
 	$(BIN)/python tools/measure_conversion.py
 	$(BIN)/python tools/measure_image_memory.py --rows 1500 --used 300
+	@test -d outputs/digits_sft/demo/hf || $(MAKE) demo
 	$(BIN)/python tools/benchmark_throughput.py experiment=digits --strong 1 2 --out outputs/throughput
 	$(BIN)/python tools/compare_trl.py --json outputs/throughput/trl.json
 
