@@ -45,8 +45,8 @@ Made by `python tools/study_fp8.py`; raw numbers in `study.json`.
 
 _FORWARD_NOTE = """
 The last two rows round one direction alone: they say which of the roundings an error comes from.
-Most tokens have a probability near 1 here, so that the gradient rests on a few unlikely ones, and a
-single one that the forward rounding moves may turn it (not shown: seed 0 has one of log-prob -11.5).
+Most tokens have a probability near 1 here, so that the gradient rests on a few unlikely ones; that
+those are what the forward rounding turns is a guess.
 """
 
 
