@@ -45,7 +45,8 @@ Made by `python tools/study_fp8.py`; raw numbers in `study.json`.
 
 _FORWARD_NOTE = """
 The last two rows round one direction alone: they say which of the roundings an error comes from.
-Most tokens have a probability near 1 here, so that the gradient rests on a few unlikely ones.
+Most tokens have a probability near 1 here, so that the gradient rests on a few unlikely ones; that
+those are what the forward rounding turns is a guess.
 """
 
 
@@ -76,8 +77,8 @@ def markdown(study: Mapping[str, Any]) -> str:
     return (
         f"# {TITLE}\n{_NOTES}\n"
         "## Errors at equal weights on equal responses, against float32\n\n"
-        f"Mean over {len(study['errors']['bfloat16'])} cold starts; the responses of each one's "
-        "first step.\n\n"
+        "The responses of the first step of each cold start, one value each: a mean would hide "
+        "how much they differ.\n\n"
         f"{_table(('format', *_ERRORS.values()), _error_rows(study))}\n"
         f"{_FORWARD_NOTE}\n"
         f"## Learning: {study['num_seeds']} seed{'s' * (study['num_seeds'] > 1)}\n\n"
@@ -94,7 +95,7 @@ _LEARNING = (
 
 def _error_rows(study: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
-        (arm, *(f"{np.mean([row[name] for row in rows]):.3g}" for name in _ERRORS))
+        (arm, *(", ".join(f"{row[name]:.2g}" for row in rows) for name in _ERRORS))
         for arm, rows in study["errors"].items()
     ]
 
