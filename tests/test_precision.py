@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 from megatron_mmr1 import cli
-from megatron_mmr1.backend.packing import StepCost
+from megatron_mmr1.backend.cost import StepCost
 from megatron_mmr1.backend.plan import Packing, SampleSize, padded_lengths, plan_step
 from megatron_mmr1.config import precision as checks
 from megatron_mmr1.config.layout import ModelSizes, check_max_tokens, total_multiple
