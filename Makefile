@@ -61,10 +61,13 @@ kernel-gates: $(STAMP)
 # Transformer Engine's real modules at published sizes and many layouts, held against the local layers and Hugging Face,
 # without a GPU. The first time it compiles Transformer Engine into .venv-te: 15 to 40 minutes on one core.
 # An environment of its own: where it is installed, Megatron-Core takes its norms and optimizers everywhere.
-te-check: | .uv/bin/uv
-	tools/build_te.sh .uv/bin/uv
+te-check: .venv-te/.installed
 	PYTHONPATH=. LD_LIBRARY_PATH="$$(ls -d $(CURDIR)/.venv-te/lib/python3.12/site-packages/nvidia/*/lib | tr '\n' ':')" \
 		.venv-te/bin/python -W ignore tests/te_cases.py
+
+.venv-te/.installed: requirements.txt requirements-te.txt requirements-te-build.txt | .uv/bin/uv
+	tools/build_te.sh .uv/bin/uv
+	@touch $@
 
 # What can be measured on a CPU: packing and balance; the sampler; the verifier; the memory of the output layer (5 GB); the
 # converters against plain copies (6 GB of disk); the memory that large images take; a step's throughput, and beside TRL's.

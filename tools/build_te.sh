@@ -1,14 +1,10 @@
 #!/usr/bin/env bash
 # Make .venv-te: what requirements.txt pins, and Transformer Engine compiled from source, on any Linux machine. No GPU and
-# no CUDA toolkit is needed: the compiler comes as wheels (requirements-te-build.txt). A second run does nothing.
+# no CUDA toolkit is needed: the compiler comes as wheels (requirements-te-build.txt).
 # Usage: tools/build_te.sh UV    (the path of uv; MAX_JOBS=N compiles N files at a time, about 2 GB each)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=$1
-stamp=.venv-te/.installed
-newest=$(ls -t $stamp requirements.txt requirements-te.txt requirements-te-build.txt 2>/dev/null | head -1)
-[ "$newest" = $stamp ] && exit 0
-
 [ -x .venv-te/bin/python ] || "$uv" venv --quiet --python 3.12 .venv-te
 "$uv" pip install --python .venv-te -r requirements.txt -r requirements-te-build.txt
 nvidia=$PWD/.venv-te/lib/python3.12/site-packages/nvidia
@@ -20,4 +16,3 @@ export LIBRARY_PATH=$nvidia/cu13/lib:$nvidia/cudnn/lib:$nvidia/nccl/lib
 export PATH=$PWD/.venv-te/bin:$PATH NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS:-1}
 echo "compiling transformer-engine-torch: 33 files, 15 to 40 minutes on one core, once; .venv-te keeps it" >&2
 "$uv" pip install --python .venv-te --no-build-isolation -r requirements-te.txt -r requirements-te-build.txt
-touch $stamp
