@@ -48,7 +48,8 @@ def html(record: dict[str, Any]) -> str:
     )
     style = (
         "<style>.whisker{stroke:var(--ink);stroke-width:1.5;fill:none}pre{overflow:auto}"
-        ".card{margin-bottom:16px}</style>"
+        ".card{margin-bottom:16px}"
+        ".grid{grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr))}</style>"
     )
     return page("Throughput", style + _join(body))
 

@@ -175,7 +175,7 @@ def html(study: Mapping[str, Any]) -> str:
         chart = line_chart(series, is_percent=is_percent, should_smooth=False)
         cards += template.card(title, chart, f"Mean of {study['num_seeds']} seeds.", legend)
     lead = f"Evaluated every {EVALUATED_EVERY} steps. The README beside this page has the numbers."
-    body = template.section("Learning", lead, cards)
+    body = template.section("Learning", lead, f'<div class="grid">{cards}</div>')
     return template.page(TITLE, f"<h1>{TITLE}</h1>{body}")
 
 
