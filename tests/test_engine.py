@@ -29,6 +29,7 @@ from megatron_mmr1.weight_sync import WeightSync
 pytestmark = pytest.mark.vllm
 
 SAMPLING = Sampling(group_size=4, temperature=1.0, max_response_tokens=16, seed=0, step=1)
+KEPT: list[Any] = []  # an engine that is dropped takes the process group of all along
 MEAN_TOLERANCE, WORST_TOLERANCE = 1e-4, 1e-3
 
 
@@ -110,6 +111,7 @@ def test_a_cache_in_fp8_moves_logprobs_a_little_and_says_by_how_much(
     config = RolloutConfig(max_response_tokens=24, max_images_per_prompt=2, kv_cache_bytes=64 << 20)
     banned = tiny_processor.banned_token_ids
     engine = VllmEngine(str(tiny_model_dir), "float32", config, banned, 64, kv_cache="fp8")
+    KEPT.append(engine)
     WeightSync(policy, engine).push(version=0)
     found = differences(policy, tiny_processor, generate(engine, prompts))
     assert MEAN_TOLERANCE < found.mean() < 0.1
