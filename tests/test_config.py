@@ -515,6 +515,9 @@ def test_a_run_folder_records_the_config_and_is_taken_once(files: Path, tmp_path
     message = message_of(open_run_dir, config, "first")
     assert message.startswith("run='first'")
     assert "resume=auto" in message
+    offloading = replace(config, optimizer=replace(config.optimizer, cpu_offload=1.0))
+    message = message_of(open_run_dir, offloading, "first")
+    assert "resume=auto" not in message and "convert the weights" in message
     assert open_run_dir(config, "second") == tmp_path / "digits" / "second"
     cold = sft(files, f"output_dir={tmp_path}")
     cold_dir = open_run_dir(cold, "first")
@@ -560,6 +563,8 @@ def test_resuming_needs_the_saved_config(files: Path, tmp_path: Path):
     assert open_run_dir(again, "20260131") == run_dir
     laid_anew = replace(again, parallel=ParallelConfig(tp_size=2), max_tokens_per_microbatch=128)
     assert open_run_dir(laid_anew, "20260131") == run_dir
+    smaller = replace(again.rollout, kv_cache_bytes=1 << 20, takes_turns=False)
+    assert open_run_dir(replace(again, rollout=smaller), "20260131") == run_dir
     other = replace(again, seed=7, sampler=replace(again.sampler, score="vps"))
     message = message_of(open_run_dir, other, "20260131")
     assert "differs: sampler.score=vps here, mixed there; seed=7 here, 0 there;" in message

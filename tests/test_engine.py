@@ -117,6 +117,21 @@ def test_a_cache_in_fp8_moves_logprobs_a_little_and_says_by_how_much(
     assert MEAN_TOLERANCE < found.mean() < 0.1
 
 
+def test_the_engine_takes_the_model_runner_that_takes_our_logits_processor(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where vLLM finds Triton, as on a GPU. Negative control: left alone it takes the other.
+
+    On a CPU the config has features that keep it from that; they are passed over here.
+    """
+    config = engine._llm.llm_engine.vllm_config
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setattr(type(config), "_get_v2_model_runner_unsupported_features", lambda _: [])
+    assert not config.use_v2_model_runner
+    monkeypatch.setattr("vllm.envs.VLLM_USE_V2_MODEL_RUNNER", None)
+    assert config.use_v2_model_runner
+
+
 def test_prompts_wait_until_there_is_room_for_their_pixels(
     engine: Any, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ):

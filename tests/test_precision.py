@@ -168,16 +168,19 @@ def test_fp8_asks_for_sizes_in_sixteens():
 
 
 @pytest.mark.parametrize(
-    ("precision", "resume", "words"),
+    ("precision", "resume", "validation", "words"),
     [
-        (replace(FP8, fp8_params=True), "never", "use fp8_params=false, or cpu_offload=0"),
-        (PrecisionConfig("bfloat16"), "auto", "or resume=never"),
+        (replace(FP8, fp8_params=True), "never", None, "use fp8_params=false, or cpu_offload=0"),
+        (PrecisionConfig("bfloat16"), "auto", None, "or resume=never"),
+        (PrecisionConfig("bfloat16"), "never", "held_out.json", "use validation=null"),
     ],
 )
-def test_states_on_the_cpu_are_refused_with_what_they_cannot_do(precision, resume: str, words: str):
+def test_states_on_the_cpu_are_refused_with_what_they_cannot_do(
+    precision, resume: str, validation: str | None, words: str
+):
     optimizer = OptimizerConfig(lr=1e-3, cpu_offload=0.5)
     with pytest.raises(ValueError, match=r"^optimizer\.cpu_offload=0\.5 with ") as caught:
-        checks.check_offload(optimizer, precision, resume)
+        checks.check_offload(optimizer, precision, resume, validation)
     assert words in str(caught.value)
     checks.check_offload(optimizer, PrecisionConfig("bfloat16"), "never")
-    checks.check_offload(replace(optimizer, cpu_offload=0.0), precision, resume)
+    checks.check_offload(replace(optimizer, cpu_offload=0.0), precision, resume, validation)

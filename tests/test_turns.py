@@ -128,7 +128,8 @@ def test_the_engine_gets_nine_tenths_of_what_is_free_but_for_a_gib():
 
     gib = 1 << 30
     assert memory_share(60 * gib, 80 * gib) == pytest.approx(53 / 80)
-    assert memory_share(gib // 2, 80 * gib) == 0
+    with pytest.raises(ValueError, match=r"leaves 0\.5 GB of a GPU's 85\.9 free: no room"):
+        memory_share(gib // 2, 80 * gib)
 
 
 @pytest.mark.vllm

@@ -91,8 +91,16 @@ def check_fp8_sizes(config: PrecisionConfig, parallel: ParallelConfig, sizes: Mo
         )
 
 
-def check_offload(optimizer: OptimizerConfig, precision: PrecisionConfig, resume: str) -> None:
+def check_offload(
+    optimizer: OptimizerConfig,
+    precision: PrecisionConfig,
+    resume: str,
+    validation: str | None = None,
+) -> None:
     """Refuse optimizer states on the CPU together with what Megatron's optimizer for it can't do.
+
+    Args:
+        validation: of a cold start, which then may have to go back to an earlier checkpoint.
 
     Raises:
         ValueError: names the keys, their values and a remedy.
@@ -109,4 +117,10 @@ def check_offload(optimizer: OptimizerConfig, precision: PrecisionConfig, resume
         raise ValueError(
             f"{asked} with resume='auto': loading its states has not been shown to be exact; use "
             "cpu_offload=0 to go on from a checkpoint, or resume=never"
+        )
+    if validation is not None:
+        raise ValueError(
+            f"{asked} with validation={validation!r}: the best weights come from a checkpoint, and "
+            "loading these states has not been shown to be exact; use validation=null, or "
+            "cpu_offload=0"
         )

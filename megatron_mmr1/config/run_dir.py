@@ -22,7 +22,8 @@ CONFIG_FILE = "config.yaml"
 # Where a run lies, how it was started and over which processes it is laid change nothing that it
 # computes (but for float32 rounding).
 _MAY_DIFFER = re.compile(
-    r"resume|output_dir|launch\..*|parallel\..*|max_tokens_per_microbatch|rollout\.tp_size"
+    r"resume|output_dir|launch\..*|parallel\..*|max_tokens_per_microbatch"
+    r"|rollout\.(tp_size|takes_turns|kv_cache_bytes|pixel_bytes)"
     r"|(data\.)?max_bad_share"
 )
 # A cold start sets aside what is longer than a micro-batch, so that this decides its draws.
@@ -72,10 +73,13 @@ def open_run_dir(config: GrpoConfig | SftConfig, run_name: str) -> Path:
         # A run that was refused before its first record may try again, with the same config.
         has_records = (run_dir / "metrics.jsonl").exists() or (run_dir / "checkpoints").exists()
         if has_records and config.resume == "never":
-            raise ValueError(
-                f"run={run_name!r}: {run_dir} is in use; use resume=auto to continue it, or another"
-                " run="
-            )
+            remedy = "use resume=auto to continue it, or another run="
+            if config.optimizer.cpu_offload:  # which refuses resume=auto
+                remedy = (
+                    "its optimizer states can't be loaded; convert the weights of its newest "
+                    "checkpoint (tools/convert_megatron_to_hf.py), and start another run= from them"
+                )
+            raise ValueError(f"run={run_name!r}: {run_dir} is in use; {remedy}")
         _check_same_config(run_dir, text, _MAY_DIFFER_IN_A_COLD_START if is_sft else _MAY_DIFFER)
     else:
         _save_config(run_dir, text)

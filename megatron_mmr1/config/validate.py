@@ -138,7 +138,7 @@ def validate_sft(config: SftConfig, world_size: int, num_nodes: int = 1) -> None
     _at_least("global_batch_size", config.global_batch_size, 1)
     _check_model(config.model)
     check_precision(config.precision)
-    check_offload(config.optimizer, config.precision, config.resume)
+    check_offload(config.optimizer, config.precision, config.resume, config.validation)
     _check_optimizer(config.optimizer)
     check_source("data", config.data)
     if config.validation is not None:

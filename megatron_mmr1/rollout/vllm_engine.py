@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# The second model runner, which vLLM 0.32 takes on GPUs, refuses logits processors like ours.
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from transformers import AutoConfig, BatchFeature
@@ -239,22 +241,38 @@ def memory_share(free_bytes: int, total_bytes: int) -> float:
 
     A tenth of what is free, and a GiB, stay free: collectives, bucketed weights and the GPU's own
     context grow after the engine has started.
+
+    Raises:
+        ValueError: nothing is left.
     """
-    return max(0.0, 0.9 * free_bytes - (1 << 30)) / total_bytes
+    usable_bytes = 0.9 * free_bytes - (1 << 30)
+    if usable_bytes <= 0:
+        raise ValueError(
+            f"the policy leaves {free_bytes / 1e9:.1f} GB of a GPU's {total_bytes / 1e9:.1f} free: "
+            "no room for an engine; see `python tools/plan.py`, and raise parallel.tp_size or use "
+            "rollout.takes_turns=true"
+        )
+    return usable_bytes / total_bytes
 
 
 def _cache_room(config: EngineConfig, sleeps: bool) -> dict[str, Any]:
-    """Say how large the KV cache is, in vLLM's arguments."""
-    if config.kv_cache_bytes > 0:
-        return {"kv_cache_memory_bytes": config.kv_cache_bytes}
-    if not (sleeps and torch.cuda.is_available()):
+    """Say how large the KV cache is, in vLLM's arguments.
+
+    On a GPU vLLM asks for its share of the memory to be free also where the cache's bytes are
+    given.
+    """
+    on_gpu, num_bytes = torch.cuda.is_available(), config.kv_cache_bytes
+    if num_bytes == 0 and not (sleeps and on_gpu):
         raise ValueError(
             "rollout.kv_cache_bytes=0 takes what is free on a GPU, with rollout.takes_turns=true; "
-            f"here is {'none' if not torch.cuda.is_available() else 'takes_turns=false'}: give a "
-            "number of bytes, as rollout.kv_cache_bytes=268435456"
+            f"here is {'takes_turns=false' if on_gpu else 'none'}: give a number of bytes, as "
+            "rollout.kv_cache_bytes=268435456"
         )
-    torch.cuda.empty_cache()
-    return {"gpu_memory_utilization": memory_share(*torch.cuda.mem_get_info())}
+    room: dict[str, Any] = {"kv_cache_memory_bytes": num_bytes} if num_bytes > 0 else {}
+    if on_gpu:
+        torch.cuda.empty_cache()
+        room["gpu_memory_utilization"] = memory_share(*torch.cuda.mem_get_info())
+    return room
 
 
 def _num_ranks() -> int:

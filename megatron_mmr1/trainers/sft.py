@@ -146,6 +146,8 @@ class Validation:
                 for logprobs_R in policy.logprobs(step, _WHOLE_SOFTMAX):
                     total -= float(logprobs_R.sum())
                     num_tokens += len(logprobs_R)
+        policy.clock.settle()
+        policy.clock.pop()  # no part of the next step
         # Ranks of one data-parallel replica have the same.
         shares = dict(parallel.gather_over_world([(parallel.dp_rank(), (total, num_tokens))]))
         total, num_tokens = (sum(values) for values in zip(*shares.values(), strict=True))
