@@ -126,10 +126,9 @@ def test_the_doctor_tells_a_node_where_it_cannot_be_met(nodes: list[Node], tmp_p
     own that other nodes can't use.
     """
 
-    def ask(name: str, endpoint: str) -> str:
-        log = tmp_path / name
-        asked = nodes[1].start(log, str(REPOSITORY / "tools" / "doctor.py"), "--rdzv", endpoint)
-        return asked.wait().stdout
+    def ask(name: str, endpoint: str, **environment: str) -> str:
+        log, tool = tmp_path / name, str(REPOSITORY / "tools" / "doctor.py")
+        return nodes[1].start(log, tool, "--rdzv", endpoint, **environment).wait().stdout
 
     good = ask("good", "gpu-01:29500")
     assert "OK rendezvous: gpu-01:29500 (10.77.0.1) is reached; nobody listens there yet" in good
@@ -140,7 +139,11 @@ def test_the_doctor_tells_a_node_where_it_cannot_be_met(nodes: list[Node], tmp_p
     bad = ask("bad", "gpu-01:29500")
     assert "DO rendezvous: gpu-01:29500 (10.77.0.1) is not reached from gpu-02" in bad
     assert "DO host name: gpu-02, the name that torchrun tells the other nodes, resolves to" in bad
-    assert "--local-addr=10.77.0.2" in bad
+    assert "export PET_LOCAL_ADDR=10.77.0.2 on this node" in bad
+    mended = ask("mended", "gpu-01:29500", PET_LOCAL_ADDR="10.77.0.2")
+    assert "OK host name: other nodes are told PET_LOCAL_ADDR=10.77.0.2" in mended
+    wrong = ask("wrong", "gpu-01:29500", PET_LOCAL_ADDR="10.77.0.1")
+    assert "DO host name: PET_LOCAL_ADDR=10.77.0.1 is no address of this node" in wrong
     mine = ask("mine", "gpu-02:29500")
     assert "DO rendezvous: gpu-02 is this node, but resolves to 127.0.1.1 here" in mine
 

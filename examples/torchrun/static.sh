@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}
 "$PYTHON" tools/doctor.py --rdzv "${ENDPOINT:?HOST:PORT of node 0}" >&2
-echo "$(hostname): waits for all ${NODES:?how many nodes} nodes, ten minutes at most" >&2
+echo "$(hostname): waits for all ${NODES:?how many nodes} nodes, fifteen minutes at most" >&2
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes="$NODES" --node-rank="${NODE:?which of them this is}" \
     --nproc-per-node="${RANKS_PER_NODE:?processes a node}" \
