@@ -8,13 +8,18 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from namespaces import CABLE, Node, two_nodes, why_no_namespaces
 from processes import REPOSITORY, Finished, Process
 
-from megatron_mmr1.launch.nodes import differences
+from megatron_mmr1.cli import load_config
+from megatron_mmr1.config.schema import GrpoConfig
+from megatron_mmr1.launch.nodes import check_nodes, differences
+from megatron_mmr1.launch.rendezvous import Meeting
 from megatron_mmr1.launch.versions import source_hash
 
 pytestmark = pytest.mark.distributed
@@ -119,6 +124,32 @@ def test_a_node_of_several_ranks_is_named_once():
     theirs = ours | {"host": "gpu-02", "versions": {"torch": "2.12.0"}}
     assert len(differences(ours, [theirs] * 8)) == 1
     assert differences(ours, [ours | {"host": "gpu-02"}] * 8) == []
+
+
+def config_of(tmp_path: Path) -> GrpoConfig:
+    return load_config(GrpoConfig, "experiment", [f"output_dir={tmp_path}", "model.path=any"])
+
+
+def test_rank_0_names_the_ranks_that_said_nothing(tmp_path: Path):
+    """Rank 1 has spoken; 2 and 3 met and ended."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("nodes/facts/1", "{}")
+    wait = timedelta(seconds=0.5)
+    with pytest.raises(ValueError, match=r"waited in vain for what rank 2, 3 had to say") as caught:
+        check_nodes(Meeting(store, 0, 4), config_of(tmp_path), tmp_path, answer_timeout=wait)
+    assert "look at the other nodes' own messages" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []  # the mark is gone
+
+
+def test_a_rank_whose_store_is_silent_or_ends_says_so(tmp_path: Path):
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    wait = timedelta(seconds=1)
+    store = dist.TCPStore("127.0.0.1", host.port, timeout=wait, wait_for_workers=False)
+    with pytest.raises(ValueError, match=r"^rank 1 on node .* waited in vain for what rank 0, 1 "):
+        check_nodes(Meeting(store, 1, 2), config_of(tmp_path), None)
+    del host
+    with pytest.raises(ValueError, match=r"^rank 1 on node .* lost the store .*rank 0's first$"):
+        check_nodes(Meeting(store, 1, 2), config_of(tmp_path), None)
 
 
 def test_the_doctor_tells_a_node_where_it_cannot_be_met(nodes: list[Node], tmp_path: Path):
