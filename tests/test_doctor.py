@@ -108,8 +108,8 @@ def test_a_build_for_another_device_is_no_match_for_a_gpu(packages: Path, tmp_pa
 def test_gpus_are_read_from_nvidia_smi_and_judged(tmp_path: Path):
     """An nvidia-smi that answers as one of eight H100s would, with a driver of CUDA 12."""
     tool = tmp_path / "nvidia-smi"
-    line = "NVIDIA H100 80GB HBM3, 570.86.15, 9.0, 81559 MiB"
-    tool.write_text(f"#!/bin/sh\nfor i in 1 2 3 4 5 6 7 8; do echo '{line}'; done\n")
+    line = "$i, GPU-$i, NVIDIA H100 80GB HBM3, 570.86.15, 9.0, 81559 MiB"
+    tool.write_text(f'#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "{line}"; done\n')
     tool.chmod(0o755)
     asked = doctor(path=str(tmp_path))
     assert asked.returncode == 1
@@ -134,6 +134,39 @@ def test_gpus_are_read_from_nvidia_smi_and_judged(tmp_path: Path):
 def test_gpus_that_training_runs_on_and_others(gpus: list[Gpu], status: str, words: str):
     finding = hardware.check_gpus(gpus, "none")
     assert finding.status == status and words in finding.text
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        (None, ["H100", "T400", "H100"]),
+        ("0,2", ["H100", "H100"]),
+        ("2, 0", ["H100", "H100"]),
+        ("GPU-5e,GPU-9a", ["H100", "H100"]),
+        ("1", ["T400"]),
+        ("0,7,1", ["H100"]),  # as CUDA does: nothing after the first that isn't there
+        ("MIG-0a", ["H100", "T400", "H100"]),
+        ("7", []),
+        ("", []),
+    ],
+)
+def test_only_the_gpus_that_cuda_shows_are_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, names: list[str]
+):
+    rows = ["0, GPU-9a01, H100", "1, GPU-77f3, T400", "2, GPU-5e2c, H100"]
+    lines = "".join(f"echo '{row}, 580.65.06, 9.0, 81559 MiB'\n" for row in rows)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    gpus, why_none = hardware.find_gpus()
+    assert [gpu.name for gpu in gpus] == names
+    finding = hardware.check_gpus(gpus, why_none)
+    assert finding.status == ("OK" if names and len(set(names)) == 1 else "DO")
+    if not names:
+        assert f"CUDA_VISIBLE_DEVICES={chosen} names none of them; change it" in finding.text
 
 
 def test_a_device_without_a_driver_is_a_fault(tmp_path: Path):

@@ -5,6 +5,9 @@ unknown keys are errors, which a cluster would drop without a word.
 """
 
 import copy
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -51,7 +54,13 @@ VOLUME = {
 WORKER = closed(
     replicas=COUNT,
     restartPolicy={"enum": ["Always", "OnFailure", "Never", "ExitCode"]},
-    template=closed(spec=closed(containers=array(CONTAINER), volumes=array(VOLUME))),
+    template=closed(
+        spec=closed(
+            securityContext=closed(fsGroup=COUNT),
+            containers=array(CONTAINER),
+            volumes=array(VOLUME),
+        )
+    ),
 )
 SCHEMA = closed(
     apiVersion={"const": "kubeflow.org/v1"},
@@ -109,4 +118,35 @@ def test_its_parts_agree():
     assert {"run=main", "resume=auto"} <= set(container["args"])
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert "tools/doctor.py" in container["command"][2]
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    user = worker["template"]["spec"]["securityContext"]["fsGroup"]
+    assert f"--uid {user} " in dockerfile and f"\nUSER {user}\n" in dockerfile
+
+
+@pytest.mark.parametrize(("faults", "status"), [(0, 0), (3, 0), (1000, 1)])
+def test_a_worker_asks_the_doctor_until_it_finds_nothing_to_do(
+    tmp_path: Path, faults: int, status: int
+):
+    """Small programs in Python's and sleep's place count how often the doctor is asked."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = tools/doctor.py ] || { echo "$*" > trained; exit; }\n'
+        f'echo "$*" >> asked; [ "$(wc -l < asked)" -gt {faults} ]\n'
+    )
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for program in (python, tmp_path / "sleep"):
+        program.chmod(0o755)
+    worker = MANIFEST["spec"]["pytorchReplicaSpecs"]["Worker"]
+    command = worker["template"]["spec"]["containers"][0]["command"]
+    search = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {"PATH": search, "PET_RDZV_ENDPOINT": "mmr1-worker-0:23456"}
+    done = subprocess.run([*command, "run=main"], cwd=tmp_path, env=environment)
+    assert done.returncode == status
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == min(faults, 90) + 1
+    assert "--rdzv mmr1-worker-0:23456 --output-dir /shared/outputs" in asked[0]
+    trained = tmp_path / "trained"
+    assert trained.exists() == (status == 0)
+    if trained.exists():
+        assert trained.read_text() == "-m torch.distributed.run -m megatron_mmr1.train run=main\n"

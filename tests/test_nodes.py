@@ -8,13 +8,18 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from namespaces import CABLE, Node, two_nodes, why_no_namespaces
 from processes import REPOSITORY, Finished, Process
 
-from megatron_mmr1.launch.nodes import differences
+from megatron_mmr1.cli import load_config
+from megatron_mmr1.config.schema import GrpoConfig
+from megatron_mmr1.launch.nodes import check_nodes, differences
+from megatron_mmr1.launch.rendezvous import Meeting
 from megatron_mmr1.launch.versions import source_hash
 
 pytestmark = pytest.mark.distributed
@@ -121,15 +126,40 @@ def test_a_node_of_several_ranks_is_named_once():
     assert differences(ours, [ours | {"host": "gpu-02"}] * 8) == []
 
 
+def config_of(tmp_path: Path) -> GrpoConfig:
+    return load_config(GrpoConfig, "experiment", [f"output_dir={tmp_path}", "model.path=any"])
+
+
+def test_rank_0_names_the_ranks_that_said_nothing(tmp_path: Path):
+    """Rank 1 has spoken; 2 and 3 met and ended."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("nodes/facts/1", "{}")
+    wait = timedelta(seconds=0.5)
+    with pytest.raises(ValueError, match=r"waited in vain for what rank 2, 3 had to say") as caught:
+        check_nodes(Meeting(store, 0, 4), config_of(tmp_path), tmp_path, answer_timeout=wait)
+    assert "look at the other nodes' own messages" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []  # the mark is gone
+
+
+def test_a_rank_whose_store_is_silent_or_ends_says_so(tmp_path: Path):
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    wait = timedelta(seconds=1)
+    store = dist.TCPStore("127.0.0.1", host.port, timeout=wait, wait_for_workers=False)
+    with pytest.raises(ValueError, match=r"^rank 1 on node .* waited in vain for what rank 0, 1 "):
+        check_nodes(Meeting(store, 1, 2), config_of(tmp_path), None)
+    del host
+    with pytest.raises(ValueError, match=r"^rank 1 on node .* lost the store .*rank 0's first$"):
+        check_nodes(Meeting(store, 1, 2), config_of(tmp_path), None)
+
+
 def test_the_doctor_tells_a_node_where_it_cannot_be_met(nodes: list[Node], tmp_path: Path):
     """Asked on the second node: another one that is up, one behind a cut cable, and a name of its
     own that other nodes can't use.
     """
 
-    def ask(name: str, endpoint: str) -> str:
-        log = tmp_path / name
-        asked = nodes[1].start(log, str(REPOSITORY / "tools" / "doctor.py"), "--rdzv", endpoint)
-        return asked.wait().stdout
+    def ask(name: str, endpoint: str, **environment: str) -> str:
+        log, tool = tmp_path / name, str(REPOSITORY / "tools" / "doctor.py")
+        return nodes[1].start(log, tool, "--rdzv", endpoint, **environment).wait().stdout
 
     good = ask("good", "gpu-01:29500")
     assert "OK rendezvous: gpu-01:29500 (10.77.0.1) is reached; nobody listens there yet" in good
@@ -140,7 +170,11 @@ def test_the_doctor_tells_a_node_where_it_cannot_be_met(nodes: list[Node], tmp_p
     bad = ask("bad", "gpu-01:29500")
     assert "DO rendezvous: gpu-01:29500 (10.77.0.1) is not reached from gpu-02" in bad
     assert "DO host name: gpu-02, the name that torchrun tells the other nodes, resolves to" in bad
-    assert "--local-addr=10.77.0.2" in bad
+    assert "export PET_LOCAL_ADDR=10.77.0.2 on this node" in bad
+    mended = ask("mended", "gpu-01:29500", PET_LOCAL_ADDR="10.77.0.2")
+    assert "OK host name: other nodes are told PET_LOCAL_ADDR=10.77.0.2" in mended
+    wrong = ask("wrong", "gpu-01:29500", PET_LOCAL_ADDR="10.77.0.1")
+    assert "DO host name: PET_LOCAL_ADDR=10.77.0.1 is no address of this node" in wrong
     mine = ask("mine", "gpu-02:29500")
     assert "DO rendezvous: gpu-02 is this node, but resolves to 127.0.1.1 here" in mine
 

@@ -10,10 +10,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}
-"$PYTHON" tools/doctor.py --rdzv "${ENDPOINT:?HOST:PORT of one of the nodes}" >&2
+asked=(--rdzv "${ENDPOINT:?HOST:PORT of one of the nodes}")
+[ "${NODES:?how many nodes}" -gt 1 ] || asked=(--port "${ENDPOINT##*:}")  # no other has to find it
+"$PYTHON" tools/doctor.py "${asked[@]}" >&2
 # A restart's processes must meet in a store of their own (megatron_mmr1/launch/rendezvous.py).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-echo "$(hostname): waits for all ${NODES:?how many nodes} nodes, ten minutes at most" >&2
+echo "$(hostname): waits for all $NODES nodes, ten minutes at most" >&2
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes="$NODES" --nproc-per-node="${RANKS_PER_NODE:?processes a node}" \
     --max-restarts="${MAX_RESTARTS:-3}" \

@@ -10,8 +10,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}
-"$PYTHON" tools/doctor.py --rdzv "${ENDPOINT:?HOST:PORT of node 0}" >&2
-echo "$(hostname): waits for all ${NODES:?how many nodes} nodes, ten minutes at most" >&2
+asked=(--rdzv "${ENDPOINT:?HOST:PORT of node 0}")
+[ "${NODES:?how many nodes}" -gt 1 ] || asked=(--port "${ENDPOINT##*:}")  # no other has to find it
+"$PYTHON" tools/doctor.py "${asked[@]}" >&2
+echo "$(hostname): waits for all $NODES nodes, fifteen minutes at most" >&2
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes="$NODES" --node-rank="${NODE:?which of them this is}" \
     --nproc-per-node="${RANKS_PER_NODE:?processes a node}" \

@@ -15,6 +15,7 @@ _DRIVER_OF_CUDA_13 = 580
 _LEAST_CAPABILITY = 8.0  # bfloat16, and what vLLM's kernels are built for
 _FP8_CAPABILITY = 8.9
 _SHARED_MEMORY_BYTES = 1 * GIB  # a GPU, and at least; NCCL and vLLM between processes
+_CHOICE = "CUDA_VISIBLE_DEVICES"
 _DISK_BYTES = 10 * GIB
 _OPEN_FILES = 4096  # gloo and NCCL open some for every pair of processes
 
@@ -30,8 +31,8 @@ class Gpu:
 
 
 def find_gpus() -> tuple[list[Gpu], str]:
-    """Return this machine's NVIDIA GPUs, and why there are none."""
-    query = "--query-gpu=name,driver_version,compute_cap,memory.total"
+    """Return those of this machine's NVIDIA GPUs that CUDA shows, and why there are none."""
+    query = "--query-gpu=index,uuid,name,driver_version,compute_cap,memory.total"
     if shutil.which("nvidia-smi") is None:
         return [], "no nvidia-smi"
     asked = subprocess.run(
@@ -40,19 +41,42 @@ def find_gpus() -> tuple[list[Gpu], str]:
     if asked.returncode != 0:
         return [], f"nvidia-smi says: {' '.join((asked.stdout + asked.stderr).split())}"
     rows = [line.split(", ") for line in asked.stdout.strip().splitlines()]
-    return [Gpu(name, driver, float(cap), memory) for name, driver, cap, memory in rows], "none"
+    chosen = os.environ.get(_CHOICE)
+    gpus = [
+        Gpu(n, driver, float(cap), memory) for _, _, n, driver, cap, memory in _shown(rows, chosen)
+    ]
+    return gpus, f"{_CHOICE}={chosen} names none of them" if rows and not gpus else "none"
+
+
+def _shown(rows: list[list[str]], chosen: str | None) -> list[list[str]]:
+    """The rows of index, UUID, ... that CUDA_VISIBLE_DEVICES names: nvidia-smi shows all."""
+    if chosen is None or "MIG-" in chosen:  # parts of a GPU have no row
+        return rows
+    shown: list[list[str]] = []
+    for name in (part.strip() for part in chosen.split(",")):
+        by_uuid = name.startswith("GPU-")
+        named = [row for row in rows if (row[1].startswith(name) if by_uuid else row[0] == name)]
+        if not named:
+            break  # CUDA, too, reads no further
+        shown.append(named[0])
+    return shown
 
 
 def check_gpus(gpus: list[Gpu], why_none: str, devices: Path = Path("/dev")) -> Finding:
     """GPUs that our kernels and CUDA 13 run on, all of one kind."""
     if not gpus:
         if why_none != "no nvidia-smi" or any(devices.glob("nvidia[0-9]*")):
-            return do("GPU", f"there seems to be one, but {why_none}; install or mend the driver")
+            remedy = "change it" if why_none.startswith(_CHOICE) else "install or mend the driver"
+            return do("GPU", f"there seems to be one, but {why_none}; {remedy}")
         return not_here("GPU", f"none found ({why_none}); training runs on the CPU")
     kinds = {(gpu.name, gpu.memory) for gpu in gpus}
     if len(kinds) > 1:
         names = ", ".join(sorted(f"{name} ({memory})" for name, memory in kinds))
-        return do("GPU", f"{names} beside each other; choose alike ones with CUDA_VISIBLE_DEVICES")
+        return do(
+            "GPU",
+            f"{names} beside each other; choose alike ones with {_CHOICE}, by nvidia-smi's numbers "
+            "and with CUDA_DEVICE_ORDER=PCI_BUS_ID, which makes them CUDA's, too",
+        )
     gpu = gpus[0]
     if int(gpu.driver.partition(".")[0]) < _DRIVER_OF_CUDA_13:
         return do(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 
 from megatron_mmr1.launch.findings import Finding, do, ok
@@ -82,7 +83,13 @@ def _meet_there(host: str, address: str, port: int) -> Finding:
 
 
 def _found_by_others(endpoint_address: str, port: int) -> Finding:
-    """Other nodes connect to this one by its name, unless torchrun is told otherwise."""
+    """Other nodes connect to this one by its name, unless torchrun is told otherwise: it takes
+    options that it was not given from PET_*.
+    """
+    if given := os.environ.get("PET_LOCAL_ADDR"):
+        if _is_mine(given):
+            return ok("host name", f"other nodes are told PET_LOCAL_ADDR={given} in its place")
+        return do("host name", f"PET_LOCAL_ADDR={given} is no address of this node; give one")
     name = socket.getfqdn(socket.gethostname())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting sends nothing
         try:
@@ -98,8 +105,8 @@ def _found_by_others(endpoint_address: str, port: int) -> Finding:
         return ok("host name", f"{name} is {resolved}")
     return do(
         "host name",
-        f"{name}, the name that torchrun tells the other nodes, resolves to {resolved} here; give "
-        f"torchrun --local-addr={mine}, or mend /etc/hosts",
+        f"{name}, the name that torchrun tells the other nodes, resolves to {resolved} here; "
+        f"export PET_LOCAL_ADDR={mine} on this node, or mend /etc/hosts",
     )
 
 

@@ -17,6 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_mmr1.config.schema import GrpoConfig, SftConfig
 from megatron_mmr1.launch.rendezvous import Meeting, host_name
 from megatron_mmr1.launch.versions import shared_versions, source_hash
@@ -32,22 +34,43 @@ def check_nodes(
     config: GrpoConfig | SftConfig,
     run_dir: Path | None,
     folder_timeout_s: float = _FOLDER_TIMEOUT_S,
+    answer_timeout: timedelta = _ANSWER_TIMEOUT,
 ) -> Path:
     """Refuse nodes that differ; every rank calls, and all get the same answer.
 
     Args:
         run_dir: rank 0's run folder, which exists; None on the other ranks.
         folder_timeout_s: how long a rank looks for what rank 0 put there.
+        answer_timeout: how long rank 0 waits for the others.
 
     Returns:
         The run folder.
 
     Raises:
-        ValueError: on every rank; names each node that differs, in what, and the remedy.
+        ValueError: on every rank; names each node that differs, in what, and the remedy. Or a
+            rank ended or fell silent; names those that said nothing.
     """
     if meeting.world_size == 1:
         assert run_dir is not None
         return run_dir
+    try:
+        folder, faults = _compare(meeting, config, run_dir, folder_timeout_s, answer_timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise ValueError(_who_is_missing(meeting)) from error
+    if faults:
+        more = f"; and {len(faults) - _MOST_SHOWN} more" if len(faults) > _MOST_SHOWN else ""
+        raise ValueError("; ".join(faults[:_MOST_SHOWN]) + more)
+    return folder
+
+
+def _compare(
+    meeting: Meeting,
+    config: GrpoConfig | SftConfig,
+    run_dir: Path | None,
+    folder_timeout_s: float,
+    answer_timeout: timedelta,
+) -> tuple[Path, list[str]]:
+    """Return the run folder and the faults, the same on every rank."""
     store, is_main = meeting.store, meeting.rank == 0
     mark: Path | None = None
     if is_main:
@@ -61,19 +84,42 @@ def check_nodes(
     store.set(f"nodes/facts/{meeting.rank}", json.dumps(mine))
     others = range(1, meeting.world_size)
     if mark is not None:
-        store.wait([f"nodes/facts/{rank}" for rank in others], _ANSWER_TIMEOUT)
-        mark.unlink()
+        try:
+            store.wait([f"nodes/facts/{rank}" for rank in others], answer_timeout)
+        finally:
+            mark.unlink()
         theirs = [json.loads(store.get(f"nodes/facts/{rank}")) for rank in others]
         store.set("nodes/faults", json.dumps(differences(mine, theirs)))
     faults = json.loads(store.get("nodes/faults"))
     # Rank 0 may be the store's host: it leaves when everybody has read.
     store.set(f"nodes/read/{meeting.rank}", "")
     if is_main:
-        store.wait([f"nodes/read/{rank}" for rank in others], _ANSWER_TIMEOUT)
-    if faults:
-        more = f"; and {len(faults) - _MOST_SHOWN} more" if len(faults) > _MOST_SHOWN else ""
-        raise ValueError("; ".join(faults[:_MOST_SHOWN]) + more)
-    return Path(folder)
+        store.wait([f"nodes/read/{rank}" for rank in others], answer_timeout)
+    return Path(folder), faults
+
+
+def _who_is_missing(meeting: Meeting) -> str:
+    """Say which ranks wrote no facts, as far as the store still tells."""
+    here = f"rank {meeting.rank} on node {host_name()}"
+    remedy = "look at the other nodes' own messages"
+    try:
+        silent = [
+            str(rank)
+            for rank in range(meeting.world_size)
+            if not meeting.store.check([f"nodes/facts/{rank}"])
+        ]
+    except (dist.DistNetworkError, dist.DistStoreError):
+        return (
+            f"{here} lost the store where nodes are compared: rank 0 or its torchrun has ended, "
+            f"or its node is no longer reached; {remedy}, rank 0's first"
+        )
+    if not silent:
+        return f"{here} got no answer: a process ended after the nodes were compared; {remedy}"
+    more = f" and {len(silent) - _MOST_SHOWN} more" if len(silent) > _MOST_SHOWN else ""
+    return (
+        f"{here} waited in vain for what rank {', '.join(silent[:_MOST_SHOWN])}{more} had to say "
+        f"of its node; {remedy}"
+    )
 
 
 def node_facts(config: GrpoConfig | SftConfig) -> dict[str, Any]:
