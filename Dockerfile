@@ -32,11 +32,13 @@ RUN useradd --create-home --uid 10001 trainer && install -d -o trainer /app
 USER 10001
 WORKDIR /app
 
-# torch first: transformer-engine-torch is built from source without isolation and imports it.
-COPY --chown=trainer requirements.txt requirements-cuda.txt ./
+# torch first: transformer-engine-torch is built from source without isolation and imports it. requirements-te-build.txt
+# only pins its build tools here: the compiler wheels there are for machines without a toolkit.
+COPY --chown=trainer requirements.txt requirements-te.txt requirements-te-build.txt requirements-cuda.txt ./
 RUN python3 -m venv .uv && .uv/bin/python -m pip install --no-cache-dir --quiet "uv==${UV_VERSION}" \
     && .uv/bin/uv venv --python 3.12 .venv \
-    && .uv/bin/uv pip install --python .venv -r requirements.txt setuptools wheel ninja pybind11 \
+    && .uv/bin/uv pip install --python .venv -r requirements.txt -c requirements-te-build.txt \
+        setuptools wheel ninja pybind11 \
     && .uv/bin/uv pip install --python .venv --no-build-isolation -r requirements-cuda.txt \
     && .uv/bin/uv cache clean
 

@@ -38,6 +38,8 @@ def planned(config: GrpoConfig | SftConfig) -> dict[str, Any]:
     layout = config.parallel
     return {
         "text": as_text(config, plans),
+        "cpu_offload": config.optimizer.cpu_offload,
+        "takes_turns": isinstance(config, GrpoConfig) and config.rollout.takes_turns,
         "sharing_ranks": num_gpus(config) // (layout.tp_size * layout.pp_size),
         "ranks": [
             {
@@ -46,6 +48,7 @@ def planned(config: GrpoConfig | SftConfig) -> dict[str, Any]:
                 "weights": plan.counted.weights,
                 "gradients": plan.counted.gradients,
                 "states": plan.counted.states,
+                "host_bytes": plan.host_bytes,
             }
             for plan in plans
         ],

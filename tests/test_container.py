@@ -52,15 +52,48 @@ def test_what_the_stages_name_is_pinned_and_exists(rehearse: Any):
     makefile = (REPOSITORY / "Makefile").read_text()
     assert f"UV_VERSION := {arguments['UV_VERSION']}\n" in makefile
     assert re.fullmatch(r"[0-9a-f]{40}", arguments["APEX_COMMIT"])
-    named = {
-        name for copy in arguments_of(steps, "COPY") for name in copy.split() if ".txt" in name
-    }
-    assert named == {"requirements.txt", "requirements-cuda.txt"}
-    assert all((REPOSITORY / name).is_file() for name in named)
     demo = rehearse.stage_steps(DOCKERFILE, "demo")
     assert arguments_of(demo, "RUN")[-1] == "make setup"
     assert arguments_of(demo, "CMD") == ['["make", "demo"]']
     assert all(re.search(rf"^{goal}:", makefile, re.M) for goal in ("setup", "demo"))
+
+
+def missing_requirements(steps: list[Any]) -> set[str]:
+    """What an install reads (`-r`, `-c`, and `-r` lines in there) and no COPY brought before."""
+    there: set[str] = set()
+    missing: set[str] = set()
+    for step in steps:
+        if step.instruction == "COPY":
+            there |= set(step.argument.split()[:-1])
+        elif step.instruction == "RUN":
+            read = re.findall(r" -[rc] (\S+)", step.argument)
+            for name in read:  # grows on the way
+                text = (REPOSITORY / name).read_text()
+                read += re.findall(r"^-[rc] (\S+)", text, re.M)
+            missing |= set(read) - there
+    return missing
+
+
+def test_every_file_of_requirements_is_copied_before_it_is_read(rehearse: Any):
+    assert missing_requirements(rehearse.stage_steps(DOCKERFILE, "cuda")) == set()
+    without = rehearse.stage_steps(DOCKERFILE.replace(" requirements-te.txt", ""), "cuda")
+    assert missing_requirements(without) == {"requirements-te.txt"}
+
+
+def test_transformer_engine_is_built_with_pinned_tools_and_without_isolation(rehearse: Any):
+    """torch and the tools are there first, at the versions of requirements-te-build.txt."""
+    (run,) = [
+        run
+        for run in arguments_of(rehearse.stage_steps(DOCKERFILE, "cuda"), "RUN")
+        if "requirements-cuda.txt" in run
+    ]
+    first, second = [part for part in run.split("&&") if "pip install --python" in part]
+    constraint = "-c requirements-te-build.txt"
+    assert "-r requirements.txt" in first and constraint in first
+    pins = (REPOSITORY / "requirements-te-build.txt").read_text()
+    tools = first.partition(constraint)[2].split()
+    assert tools and all(re.search(rf"^{tool}==", pins, re.M) for tool in tools if tool != "\\")
+    assert "--no-build-isolation -r requirements-cuda.txt" in second
 
 
 def test_hadolint_has_nothing_to_say_and_would_say_it():
@@ -112,6 +145,9 @@ def test_the_build_context_is_what_git_tracks_less_dockerignore(rehearse: Any):
     names = rehearse._context()
     assert {"Makefile", "requirements-cpu.txt", "megatron_mmr1/data/digits.py"} <= set(names)
     assert not [name for name in names if name.startswith((".git/", ".ci/", ".venv"))]
+    ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    for environment in (".venv", ".venv-te"):
+        assert any(rehearse.is_ignored(f"{environment}/bin/python", line) for line in ignored)
     assert rehearse.is_ignored("data/digits/train.parquet", "data")  # at the top alone
     assert rehearse.is_ignored("a/b/__pycache__/c.pyc", "**/*.pyc")
     assert not rehearse.is_ignored("megatron_mmr1/data/digits.py", "data")

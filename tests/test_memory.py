@@ -77,6 +77,19 @@ def test_every_preset_fits_its_gpus_and_its_states_are_shared_out(plans: dict[st
         assert rank["states"] == pytest.approx(share, rel=2e-3)
 
 
+@pytest.mark.parametrize("name", ["mmr1_32b_sft_8xh100", "mmr1_32b_vas_8xh100", "without offload"])
+def test_what_is_stepped_on_the_cpu_takes_a_third_more_for_its_gradients(
+    plans: dict[str, Any], name: str
+):
+    """4 bytes beside 12; states that only step aside for the engine have no gradients there."""
+    plan = plans[name]
+    for rank in plan["ranks"]:
+        offloaded = plan["cpu_offload"] * rank["states"]
+        aside = plan["takes_turns"] * (rank["states"] - offloaded)
+        assert rank["host_bytes"] == pytest.approx(offloaded / 12 * 16 + aside)
+    assert (plan["cpu_offload"] > 0) == (name != "without offload")
+
+
 def test_the_document_is_what_the_tool_prints(plans: dict[str, Any]):
     document = (SCRIPT.parents[1] / "docs" / "memory.md").read_text()
     printed = "\n".join(plans[name]["text"] for name in PRESETS)

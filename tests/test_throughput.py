@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from processes import Process
 
 from megatron_mmr1.backend.clock import StepClock
@@ -18,6 +19,7 @@ from megatron_mmr1.observability.timers import PhaseTimers
 from megatron_mmr1.throughput import hardware, page, summary, tables
 from megatron_mmr1.throughput.launch import points_of, reason
 from megatron_mmr1.throughput.lengths import write_prompts
+from megatron_mmr1.throughput.memory import StepMemory
 from megatron_mmr1.throughput.trl import compare
 
 # Clocks
@@ -65,12 +67,36 @@ def test_a_benchmark_waits_for_the_device_before_every_reading_and_training_does
     assert waited == [0, 1]
 
 
+def test_memory_on_a_gpu_is_what_is_taken_at_a_phases_ends(monkeypatch: pytest.MonkeyPatch):
+    """The most of a step, then forgotten; an engine that sleeps gives its share back."""
+    free = iter([70, 20, 50, 60])
+    for name, report in (
+        ("is_available", lambda: True),
+        ("synchronize", lambda: None),
+        ("mem_get_info", lambda: (next(free), 80)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, report)
+    memory, timers = StepMemory(), PhaseTimers()
+    timers.waits = memory.read_gpu
+    with timers.phase("rollout"):
+        pass
+    assert memory.pop() == 60
+    with timers.phase("train"):
+        pass
+    assert memory.pop() == 30
+    monkeypatch.undo()
+    assert torch.cuda.is_available() or memory.pop() > 1 << 20, "resident, on a CPU"
+
+
 # Arithmetic
 
 
 def entry(kind: str, processes: int, step_s: float, **more: Any) -> dict[str, Any]:
     """A measured launch of two steps; the second takes half as long again."""
-    seconds = {"sampler": 0.1, "rollout": 4.0, "forward": 1.0, "backward": 2.0, "train": 4.0}
+    seconds = {
+        "sampler": 0.1, "rollout": 4.0, "turns": 0.5,
+        "forward": 1.0, "backward": 2.0, "train": 4.0,
+    }  # fmt: skip
     steps = [
         {
             "seconds": seconds | {"step": step_s * factor},
@@ -102,7 +128,8 @@ def test_figures_are_those_worked_out_by_hand():
     assert summary.memory_bytes(found) == 3 << 30
     phases = summary.phase_seconds(found)
     assert phases["train_rest"].median == pytest.approx(1.0)
-    assert phases["step_rest"].low == pytest.approx(10 - 4 - 4.1)
+    assert phases["turns"].median == 0.5
+    assert phases["step_rest"].low == pytest.approx(10 - 4 - 4.6)
     assert sum(spread.low for spread in phases.values()) == pytest.approx(10.0)
 
 
@@ -246,7 +273,7 @@ def test_two_processes_are_measured_and_a_refused_layout_is_passed_over(
         assert len(step["memory_bytes"]) == len(step["seconds_of_ranks"]) == 2
         phases = summary.phase_seconds(measured)
         assert {"rollout", "reward", "logprobs", "forward", "backward", "optimizer"} < set(phases)
-        assert {"weight_sync", "sampler", "vision", "head"} < set(phases)
+        assert {"weight_sync", "sampler", "vision", "head", "turns"} < set(phases)
     assert all(spread.low >= 0 for spread in phases.values())
     assert record["machine"]["versions"]["torch"] and measured["config"]["prompts_per_step"] == 4
     assert "parallel.pp_size=3" in (out / "index.html").read_text()

@@ -22,6 +22,7 @@ PHASE_COLORS = {
     "forward": 1,
     "backward": 6,
     "logprobs": 3,
+    "turns": 4,
     "weight_sync": 2,
     "sampler": 4,
     "evaluation": 6,

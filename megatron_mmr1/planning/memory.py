@@ -69,7 +69,7 @@ class RankMemory:
         phases: in the order of a step.
         kv_cache_tokens: of an engine, on all its ranks together; 0 without one.
         longest_tokens: of a sequence that the engine must have room for.
-        host_bytes: of this rank's states in host memory, at most.
+        host_bytes: of this rank's states in host memory, and of gradients beside them there.
     """
 
     rank: int
@@ -141,6 +141,9 @@ class _Rank:
     def plan(self) -> RankMemory:
         config, counted = self.config, self.counted
         offloaded = config.optimizer.cpu_offload * counted.states
+        # Megatron's HybridDeviceOptimizer keeps a float32 gradient of what it steps on the CPU,
+        # beside 12 bytes of float32 weights and moments (8 and the weights, where all is float32).
+        on_host = offloaded * (16 / 12 if self._element < 4 else 16 / 8)
         held = {
             "weights": float(counted.weights),
             "gradients": float(counted.gradients),
@@ -148,7 +151,7 @@ class _Rank:
         }
         if isinstance(config, SftConfig):
             phases = [Phase("train", held | self._training())]
-            return RankMemory(self.rank, self.stage, counted, phases, offloaded)
+            return RankMemory(self.rank, self.stage, counted, phases, on_host)
         if config.algorithm.kl_coefficient > 0:
             held["reference"] = float(counted.weights)
         takes_turns = config.rollout.takes_turns
@@ -171,7 +174,7 @@ class _Rank:
             self.stage,
             counted,
             phases,
-            host_bytes=float(counted.states) if takes_turns else offloaded,
+            host_bytes=on_host + (counted.states - offloaded) * takes_turns,
             kv_cache_tokens=int(room / self._cache_bytes_a_token(config)),
             longest_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         )

@@ -19,8 +19,8 @@ import torch
 from megatron_mmr1.backend import batching, parallel
 from megatron_mmr1.config.schema import CheckpointConfig, EvaluationConfig, GrpoConfig
 from megatron_mmr1.convert import read_config
-from megatron_mmr1.observability.memory import peak_resident_bytes
 from megatron_mmr1.throughput import flops, hardware
+from megatron_mmr1.throughput.memory import StepMemory
 from megatron_mmr1.trainers import grpo
 from megatron_mmr1.trainers.collect import Collected
 from megatron_mmr1.trainers.setup import Parts, build_parts
@@ -53,20 +53,20 @@ def measure(
     """
     config = for_benchmark(config, num_warmup + num_steps)
     peak = hardware.peak(config.precision.dtype, config.precision.fp8)
-    steps = []
+    steps, memory = [], StepMemory()
     with build_parts(config, run_dir) as parts:
         if torch.cuda.is_available():
-            parts.timers.waits = torch.cuda.synchronize
+            parts.timers.waits = memory.read_gpu
         parts.sync.push(version=0)
         num_responses = 0
         for number in range(1, num_warmup + num_steps + 1):
             parts.timers.pop()
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            memory.pop()
             with parts.timers.phase("step"):
                 collected, metrics = grpo.one_step(number, num_responses, config, parts)
             num_responses = int(metrics["rollout/responses_total"])
-            found = _step(config, parts, collected, metrics | parts.timers.pop())
+            metrics |= parts.timers.pop()
+            found = _step(config, parts, collected, metrics, memory.pop())
             is_warm = number > num_warmup
             name = f"step {number - num_warmup}" if is_warm else f"warm-up {number}"
             of = num_steps if is_warm else num_warmup
@@ -84,7 +84,11 @@ def measure(
 
 
 def _step(
-    config: GrpoConfig, parts: Parts, collected: Collected, metrics: dict[str, float]
+    config: GrpoConfig,
+    parts: Parts,
+    collected: Collected,
+    metrics: dict[str, float],
+    memory_bytes: int,
 ) -> dict[str, Any]:
     """One step as the record has it: seconds of all ranks, tokens, FLOPs, memory."""
     seconds = {
@@ -92,7 +96,7 @@ def _step(
         for key, value in metrics.items()
         if key.startswith("time/")
     }
-    everyone = parallel.gather_over_world([(seconds, peak_memory_bytes())])
+    everyone = parallel.gather_over_world([(seconds, memory_bytes)])
     phases = sorted({name for of_rank, _ in everyone for name in of_rank})
     sizes = [batching.size_of(s) for s in batching.samples_of_groups(collected.groups)]
     found = flops.step_flops(
@@ -128,12 +132,3 @@ def _generated(collected: Collected) -> int:
         for group in [*collected.groups, *collected.discarded]
         for rollout in group.group.rollouts
     )
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak of this process: on a GPU what torch allocated in the step, else what was
-    ever resident.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()

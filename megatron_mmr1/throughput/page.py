@@ -17,7 +17,7 @@ _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 620, 220, 64, 26, 6
 # Of the phases; what is not here is grey.
 _COLORS = {
     "rollout": 0, "forward": 1, "backward": 6, "head": 4, "logprobs": 3, "vision": 2,
-    "weight_sync": 2,
+    "turns": 4, "weight_sync": 2,
 }  # fmt: skip
 
 

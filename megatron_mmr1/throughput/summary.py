@@ -9,14 +9,15 @@ from typing import Any
 
 # Phases in the order of a step; the rest of "train" and of the step are what these leave.
 PHASES = (
-    "sampler", "scoring", "rollout", "reward", "exchange", "logprobs", "vision", "forward", "head",
-    "backward", "pipeline", "gradient_sync", "optimizer", "weight_sync",
+    "sampler", "scoring", "rollout", "reward", "exchange", "turns", "logprobs", "vision", "forward",
+    "head", "backward", "pipeline", "gradient_sync", "optimizer", "weight_sync",
 )  # fmt: skip
 _INSIDE_TRAIN = PHASES[PHASES.index("logprobs") : PHASES.index("weight_sync")]
 WORDS = {
     "sampler": "VAS",
     "logprobs": "log-probs",
     "exchange": "exchange of groups",
+    "turns": "turns on the GPU",
     "pipeline": "pipeline, waiting",
     "gradient_sync": "gradient sync",
     "weight_sync": "weight sync",
@@ -67,7 +68,7 @@ def step_mfu(entry: dict[str, Any]) -> Spread:
 
 
 def memory_bytes(entry: dict[str, Any]) -> int:
-    """Return the largest peak of a process."""
+    """Return the largest of a process, as memory.StepMemory says it."""
     return max(memory for step in entry["steps"] for memory in step["memory_bytes"])
 
 

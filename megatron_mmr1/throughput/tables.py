@@ -17,8 +17,10 @@ DEFINITIONS = (
     "of the whole step and the number of processes (one GPU each, or one on a CPU). Generated "
     "tokens are those of the responses, over the seconds of the rollout. MFU counts the model "
     "FLOPs of training, log-prob passes among them: in training over the seconds of the training "
-    "phase, in the step over all its seconds; generation's FLOPs are left out of both. Numbers are "
-    "medians over the measured steps; seconds are means over processes."
+    "phase, in the step over all its seconds; generation's FLOPs are left out of both. Memory is "
+    "the most of any process: on a GPU all that is taken of it when a phase begins or ends, on a "
+    "CPU what was ever resident. Other numbers are medians over the measured steps; seconds are "
+    "means over processes."
 )
 
 
