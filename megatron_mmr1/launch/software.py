@@ -52,7 +52,9 @@ def check_pins(checkout: Path, has_gpu: bool) -> list[Finding]:
     if not file.is_file():
         return [not_here("versions", f"{checkout} is no checkout: it has no {name}")]
     wanted = {p: v for p, v in pins(file).items() if p not in _TRANSFORMER_ENGINE}
-    remedy = "run `make setup`" if not has_gpu else f"run `uv pip install --no-build-isolation -r {name}`"
+    remedy = "run `make setup`"
+    if has_gpu:
+        remedy = f"run `uv pip install --no-build-isolation -r {name}`"
     found = {package: installed(package) for package in wanted}
     findings = [
         do(package, f"is {version}, {name} pins {wanted[package]}; {remedy}")
