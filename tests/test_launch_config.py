@@ -1,12 +1,13 @@
 """An experiment for so many machines runs on no others; and presets on the command line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from processes import Process
+from processes import Finished, Process
 
 from megatron_mmr1 import cli
 from megatron_mmr1.config.launch import check_launch, torchrun_line
@@ -94,6 +95,31 @@ def test_an_entry_point_refuses_before_it_looks_at_models_and_data(
     finished = program.wait()
     assert finished.returncode == 2 and "launch." not in finished.stderr
     assert [path.suffix for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_settings_are_looked_at_before_a_launch_as_the_run_would(tmp_path: Path):
+    """Good ones pass, twice; a slip, another layout's fault and another run's folder don't."""
+    (tmp_path / "model").mkdir()
+    for name in ("data.parquet", "model/tokenizer.json", "model/model.safetensors"):
+        (tmp_path / name).touch()
+    sizes = dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    text = json.dumps({"text_config": sizes | {"intermediate_size": 128}})
+    (tmp_path / "model" / "config.json").write_text(text)
+
+    def look(*settings: str, place: tuple[str, ...] = ("2", "2")) -> Finished:
+        files = (f"model.path={tmp_path / 'model'}", f"data={tmp_path / 'data.parquet'}")
+        arguments = ("sft", *place, "run=any", f"output_dir={tmp_path}", *files, *settings)
+        return Process(tmp_path / "look", "tools/check_settings.py", *arguments).wait()
+
+    for settings in ((), ("resume=auto",)):
+        look(*settings).succeeded()
+    for finished, words in (
+        (look("num_step=3"), "num_step=3 is unknown"),
+        (look("parallel.tp_size=2", place=("1", "1")), "parallel.tp_size"),
+        (look("resume=auto", "seed=3"), "seed"),
+    ):
+        assert finished.returncode == 2 and "Traceback" not in finished.stderr
+        assert finished.stderr.startswith("error: ") and words in finished.stderr
 
 
 @pytest.mark.parametrize("schema", [GrpoConfig, SftConfig])

@@ -197,6 +197,22 @@ def test_a_taken_port_ends_a_launch_script_before_torchrun_starts(tmp_path: Path
     assert line.startswith(f"DO rendezvous: {endpoint} is this node, and port {port} can't be")
 
 
+@pytest.mark.parametrize("script", ["c10d", "static"])
+@pytest.mark.parametrize(("nodes", "asked"), [("1", "--port 29500"), ("2", "--rdzv gpu-01:29500")])
+def test_one_node_is_asked_for_its_port_alone(tmp_path: Path, script: str, nodes: str, asked: str):
+    """Its name may be 127.0.1.1 there, as Debian sets it, where two nodes could not meet. A small
+    program is in Python's place.
+    """
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    settings = {"NODES": nodes, "NODE": "0", "RANKS_PER_NODE": "1", "ENDPOINT": "gpu-01:29500"}
+    settings["PYTHON"] = str(tmp_path / "python")
+    command = (f"examples/torchrun/{script}.sh", "run=any")
+    launched = Process(tmp_path / "log", *command, program="bash", **settings).wait().succeeded()
+    assert launched.stderr.startswith(f"tools/doctor.py {asked}\n")
+    assert f"-m torch.distributed.run --nnodes={nodes} " in launched.stdout
+
+
 def pretend_installed(folder: Path, package: str, version: str) -> None:
     """Let a Python that looks into `folder` first believe in another version of a package."""
     info = folder / f"{package}-{version}.dist-info"
