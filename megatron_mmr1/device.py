@@ -75,6 +75,10 @@ def _quieten_libraries() -> None:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
+    # The seam, and the engine's search through modules, call torch for libraries.
+    ours = (r"megatron_mmr1\.device", r"megatron_mmr1\.rollout\.vllm_engine")
+    for module in ours:
+        warnings.filterwarnings("ignore", module=module)
     for library in ("megatron", "vllm", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
     for logger in ("megatron.core", "torch.utils.cpp_extension", "vllm"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from megatron_mmr1.observability.metrics import MetricsWriter, read_metrics, tru
 from megatron_mmr1.observability.progress import Progress
 from megatron_mmr1.observability.prompt_stats import append_prompt_stats, read_prompt_stats
 from megatron_mmr1.observability.report import write_report
+from megatron_mmr1.observability.report_curves import time_cards
 from megatron_mmr1.observability.rollouts import read_rollouts, rollout_steps, write_rollouts
+from megatron_mmr1.observability.run_records import RunRecords
 from megatron_mmr1.observability.timers import PhaseTimers
 from megatron_mmr1.observability.vps_plots import transition_counts
 from megatron_mmr1.types import (
@@ -349,3 +352,15 @@ def test_calibration_round_trips_and_is_drawn(tmp_path):
     assert plot.count("<circle") == 1  # bins without groups have no point
     write_synthetic_run(tmp_path, num_steps=8)
     assert "Is the sampler calibrated?" in write_report(tmp_path).read_text()
+
+
+def test_phases_of_steps_that_have_other_parts_are_shown(tmp_path):
+    """As after a resume at another layout, where rank 0 has another pipeline stage's parts."""
+    rows = [
+        {"step": 1, "time/train_s": 2.0, "time/forward_s": 0.5, "time/head_s": 0.5},
+        {"step": 2, "time/train_s": 3.0, "time/forward_s": 1.0},
+        {"step": 3, "time/rollout_s": 4.0},
+    ]
+    page = time_cards(RunRecords(tmp_path, rows, {}, None, "", {}))
+    rest = re.findall(r"train \(rest\).*?</tr>", page, re.DOTALL)[-1]
+    assert ">3.0<" in rest and ">2<" in rest  # in all, and how often

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -186,14 +187,20 @@ def time_cards(run: RunRecords) -> str:
     return f'<div class="grid">{"".join(cards)}</div>'
 
 
+def _rest_of_train(row: dict[str, Any]) -> float:
+    """Return what a step's parts leave of its training phase; not every step has all parts."""
+    return row["time/train_s"] - sum(row.get(f"time/{name}_s") or 0.0 for name in PARTS_OF_TRAIN)
+
+
 def _phases(run: RunRecords) -> str:
     seconds = {}
     for key in run.keys("time/"):
         if key != "time/step_s":
             seconds[key.removeprefix("time/").removesuffix("_s")] = run.series(key).ys
     if "train" in seconds:
-        parts = [seconds[name] for name in PARTS_OF_TRAIN if name in seconds]
-        seconds["train (rest)"] = seconds.pop("train") - sum(parts)
+        del seconds["train"]
+        trained = [row for row in run.rows if row.get("time/train_s")]
+        seconds["train (rest)"] = np.array([_rest_of_train(row) for row in trained])
     totals = {name: float(np.nansum(ys)) for name, ys in seconds.items()}
     whole = sum(totals.values())
     if whole <= 0:
