@@ -156,7 +156,9 @@ def test_two_ranks_learn_what_one_learns(starts: ColdStarts, whole: Path, layout
     starts.start(name, *layout, "checkpoint.every=0", ranks=2).wait().succeeded()
     ours, theirs = read_metrics(starts.dir(name)), read_metrics(whole)
     for two, one in zip(ours, theirs, strict=True):
-        assert two.keys() == one.keys()
+        # Of the time, rank 0 has its own pipeline stage's parts.
+        names, expected = ({k for k in row if "time/" not in k} for row in (two, one))
+        assert names == expected
         for key in one.keys() & {"loss", "validation/loss", "grad_norm"}:
             assert two[key] == pytest.approx(one[key], rel=1e-5), key
         assert two["data/bad_records"] == one["data/bad_records"]
